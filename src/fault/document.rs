@@ -1,0 +1,120 @@
+//! Rules as documents: JSON bodies and rule files, with the place of what is wrong in them.
+//!
+//! Pure: called by the control thread and at start. Anything else than a rule of the contract is refused whole.
+
+use serde::de::DeserializeOwned;
+
+use super::compile::{Problem, nearest};
+use super::spec::RuleSpec;
+
+/// Reads a JSON document as `T`.
+///
+/// # Errors
+/// One problem with a pointer to its place, and a suggestion for a misspelt field.
+pub fn from_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Problem> {
+    let mut json = serde_json::Deserializer::from_slice(text);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let message = error.inner().to_string();
+        problem(error.path(), &message)
+    })?;
+    json.end().map_err(|error| Problem::new("#", format!("not one JSON document: {error}")))?;
+    Ok(value)
+}
+
+/// Reads a JSON value as `T`.
+///
+/// # Errors
+/// As [`from_json`].
+pub fn from_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, Problem> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let message = error.inner().to_string();
+        problem(error.path(), &message)
+    })
+}
+
+fn problem(path: &serde_path_to_error::Path, message: &str) -> Problem {
+    use serde_path_to_error::Segment;
+    let parts: Vec<String> = path
+        .iter()
+        .filter_map(|segment| match segment {
+            Segment::Seq { index } => Some(index.to_string()),
+            Segment::Map { key } => Some(key.clone()),
+            Segment::Enum { .. } | Segment::Unknown => None,
+        })
+        .collect();
+    // serde counts lines of a body that nobody sees as lines.
+    let message = message.split(" at line ").next().unwrap_or(message);
+    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    let mut pointer = parts.clone();
+    let mut hint = None;
+    if let Some((unknown, known)) = quoted.split_first().filter(|_| message.starts_with("unknown field")) {
+        if pointer.last().map(String::as_str) != Some(*unknown) {
+            pointer.push(unknown.to_string());
+        }
+        hint = nearest(unknown, known.iter().copied()).map(|near| format!("did you mean \"{near}\"?"));
+        hint = hint.or_else(|| Some(format!("one of: {}", known.join(" "))));
+    }
+    let place = if parts.is_empty() { String::new() } else { format!("{}: ", parts.join(".")) };
+    let pointer = pointer.iter().map(|part| format!("/{}", part.replace('~', "~0").replace('/', "~1")));
+    let pointer = format!("#{}", pointer.collect::<String>());
+    Problem { hint, ..Problem::new(pointer, format!("{place}{}", message.replace('`', "\""))) }
+}
+
+/// A set of rules: `{"rules": [...]}`, a list, or one rule.
+///
+/// # Errors
+/// As [`from_json`].
+pub fn rules(document: serde_json::Value) -> Result<Vec<RuleSpec>, Problem> {
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Set {
+        rules: Vec<RuleSpec>,
+    }
+    match &document {
+        serde_json::Value::Array(_) => from_value(document),
+        serde_json::Value::Object(object) if object.contains_key("fault") => Ok(vec![from_value(document)?]),
+        _ => Ok(from_value::<Set>(document)?.rules),
+    }
+}
+
+/// A rule file: JSON when it looks like it, TOML (`[[rules]]`) otherwise.
+///
+/// # Errors
+/// As [`from_json`]; for TOML that does not parse, with its own message.
+pub fn rule_file(text: &str) -> Result<Vec<RuleSpec>, Problem> {
+    let json = text.trim_start().starts_with(['{', '[']) && !text.trim_start().starts_with("[[");
+    let value = match json {
+        true => serde_json::from_str(text).map_err(|error| Problem::new("#", error.to_string()))?,
+        false => toml::from_str::<serde_json::Value>(text).map_err(|error| Problem::new("#", error.to_string()))?,
+    };
+    rules(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_misspelt_field_is_refused_with_its_place_and_the_right_one() {
+        let text = br#"{"name":"a","match":{"pth":"/x"},"fault":{"kind":"error","errno":"EIO"}}"#;
+        let problem = from_json::<RuleSpec>(text).unwrap_err();
+        assert_eq!(problem.pointer, "#/match/pth");
+        assert_eq!(problem.hint.as_deref(), Some("did you mean \"path\"?"));
+    }
+
+    #[test]
+    fn a_wrong_type_is_refused_with_its_place() {
+        let text = br#"{"name":"a","trigger":{"times":"two"},"fault":{"kind":"drop"}}"#;
+        let problem = from_json::<RuleSpec>(text).unwrap_err();
+        assert_eq!(problem.pointer, "#/trigger/times");
+        assert!(problem.detail.starts_with("trigger.times: "), "{}", problem.detail);
+    }
+
+    #[test]
+    fn rule_files_are_toml_or_json() {
+        let toml = "[[rules]]\nname = \"a\"\nmatch.ops = [\"write\"]\nfault = { kind = \"error\", errno = \"EIO\" }\n";
+        let json = r#"{"rules":[{"name":"a","match":{"ops":["write"]},"fault":{"kind":"error","errno":"EIO"}}]}"#;
+        assert_eq!(rule_file(toml).unwrap(), rule_file(json).unwrap());
+        assert!(rule_file("rules = 3").is_err());
+    }
+}

@@ -1,0 +1,22 @@
+//! Rules in, decision out.
+//!
+//! Pure: no I/O, no clock of its own, no locks. Called by the readers on every request that an armed rule could
+//! concern, by the control thread to check and compile what clients send. A rule is sent as a [`RuleSpec`],
+//! compiled to a [`Rule`] by [`compile`], gathered into an immutable [`Plan`], and asked by [`decide`] with the
+//! [`Facts`] of one request.
+
+pub mod compile;
+pub mod decide;
+pub mod document;
+pub mod errno;
+pub mod kind;
+pub mod op;
+pub mod plan;
+pub mod spec;
+
+pub use compile::{Problem, compile};
+pub use decide::{Decision, Facts, Firing, Outcome, decide};
+pub use kind::{Fault, Latency, Then};
+pub use op::{Op, OpSet};
+pub use plan::{Counters, Plan, Rule, State};
+pub use spec::RuleSpec;

@@ -1,0 +1,176 @@
+//! The operations a rule can name, and sets of them.
+//!
+//! Pure data: any thread, no locks, no I/O. The words are those of the FUSE protocol, in the order of the contract;
+//! a group is a word for several of them. `grow` and `truncate` are conditions on an operation, not operations.
+
+use std::fmt;
+
+macro_rules! operations {
+    ($($variant:ident $word:literal),+ $(,)?) => {
+        /// One operation of the filesystem, as the kernel sends it.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum Op { $($variant),+ }
+
+        impl Op {
+            /// Every operation, in the order of its bit.
+            pub const ALL: &'static [Op] = &[$(Op::$variant),+];
+
+            /// The word for it in rules, events and documents.
+            pub const fn word(self) -> &'static str {
+                match self { $(Op::$variant => $word),+ }
+            }
+        }
+    };
+}
+
+operations! {
+    Lookup "lookup", Getattr "getattr", Setattr "setattr", Readlink "readlink", Mknod "mknod", Mkdir "mkdir",
+    Unlink "unlink", Rmdir "rmdir", Symlink "symlink", Rename "rename", Link "link", Open "open", Create "create",
+    Read "read", Write "write", CopyFileRange "copy_file_range", Fallocate "fallocate", Flush "flush",
+    Release "release", Fsync "fsync", Opendir "opendir", Readdir "readdir", Releasedir "releasedir",
+    Fsyncdir "fsyncdir", Statfs "statfs", Setxattr "setxattr", Getxattr "getxattr", Listxattr "listxattr",
+    Removexattr "removexattr", Access "access", Lseek "lseek", Ioctl "ioctl",
+}
+
+impl Op {
+    /// Operations that can need blocks which the file does not have yet.
+    pub const fn can_grow(self) -> bool {
+        matches!(self, Op::Write | Op::CopyFileRange | Op::Fallocate)
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// A set of operations and of the two conditions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpSet(u64);
+
+impl OpSet {
+    /// The request needs space that the file does not have yet.
+    const GROW: u64 = 1 << 40;
+    /// A setattr that changes the size.
+    const TRUNCATE: u64 = 1 << 41;
+
+    /// The condition `truncate` alone.
+    pub const TRUNCATES: OpSet = OpSet(OpSet::TRUNCATE);
+
+    pub const fn of(ops: &[Op]) -> OpSet {
+        let mut bits = 0;
+        let mut i = 0;
+        while i < ops.len() {
+            bits |= 1 << ops[i] as u8;
+            i += 1;
+        }
+        OpSet(bits)
+    }
+
+    pub const fn all() -> OpSet {
+        OpSet::of(Op::ALL)
+    }
+
+    pub const fn with(self, other: OpSet) -> OpSet {
+        OpSet(self.0 | other.0)
+    }
+
+    pub const fn has(self, op: Op) -> bool {
+        self.0 & (1 << op as u8) != 0
+    }
+
+    pub const fn grow(self) -> bool {
+        self.0 & OpSet::GROW != 0
+    }
+
+    pub const fn truncate(self) -> bool {
+        self.0 & OpSet::TRUNCATE != 0
+    }
+
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Could a request of this operation be meant, conditions left open?
+    pub const fn may_concern(self, op: Op) -> bool {
+        self.has(op)
+            || (self.grow() && op.can_grow())
+            || (self.truncate() && matches!(op, Op::Setattr))
+    }
+
+    /// The set that a word stands for: an operation, a group or a condition.
+    pub fn parse(word: &str) -> Option<OpSet> {
+        if let Some(op) = Op::ALL.iter().find(|op| op.word() == word) {
+            return Some(OpSet::of(&[*op]));
+        }
+        GROUPS.iter().find(|(name, _)| *name == word).map(|(_, set)| *set)
+    }
+
+    /// All words that [`OpSet::parse`] knows.
+    pub fn words() -> impl Iterator<Item = &'static str> {
+        Op::ALL.iter().map(|op| op.word()).chain(GROUPS.iter().map(|(name, _)| *name))
+    }
+}
+
+/// Operations that change a directory.
+pub const NAMES: OpSet = OpSet::of(&[
+    Op::Mknod,
+    Op::Mkdir,
+    Op::Unlink,
+    Op::Rmdir,
+    Op::Symlink,
+    Op::Rename,
+    Op::Link,
+    Op::Create,
+]);
+
+const GROUPS: &[(&str, OpSet)] = &[
+    ("data", OpSet::of(&[Op::Read, Op::Write, Op::CopyFileRange])),
+    (
+        "metadata",
+        OpSet::of(&[
+            Op::Lookup,
+            Op::Getattr,
+            Op::Setattr,
+            Op::Readlink,
+            Op::Opendir,
+            Op::Readdir,
+            Op::Releasedir,
+            Op::Statfs,
+            Op::Setxattr,
+            Op::Getxattr,
+            Op::Listxattr,
+            Op::Removexattr,
+            Op::Access,
+        ])
+        .with(NAMES),
+    ),
+    ("sync", OpSet::of(&[Op::Fsync, Op::Fsyncdir, Op::Flush])),
+    ("names", NAMES),
+    ("grow", OpSet(OpSet::GROW)),
+    ("truncate", OpSet(OpSet::TRUNCATE)),
+    ("*", OpSet::all()),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_parses_and_groups_are_not_empty() {
+        for word in OpSet::words() {
+            assert!(!OpSet::parse(word).unwrap().is_empty(), "{word}");
+        }
+        assert_eq!(OpSet::parse("wrtie"), None);
+    }
+
+    #[test]
+    fn conditions_concern_only_operations_that_can_meet_them() {
+        let grow = OpSet::parse("grow").unwrap();
+        assert!(grow.may_concern(Op::Write) && !grow.may_concern(Op::Read) && !grow.has(Op::Write));
+        let truncate = OpSet::parse("truncate").unwrap();
+        assert!(truncate.may_concern(Op::Setattr) && !truncate.may_concern(Op::Write));
+    }
+}

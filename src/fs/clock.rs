@@ -1,0 +1,71 @@
+//! The clock: one thread that lets delayed requests go when their time has come, ends the lives of rules, and lets
+//! the callers of parked requests die.
+//!
+//! FUSE holds a killed caller until its request is answered, and fuser does not pass the kernel's interrupts on; so
+//! the clock looks at the callers of parked requests, at least every 50 ms while there are few, and answers for those with a fatal
+//! signal pending. Takes the lock of the parking table for moments; does no I/O but reads of procfs, and never touches the mount.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::*};
+
+use serde_json::json;
+
+use super::process;
+use super::serve::{Core, Ended};
+use crate::fault::Fault;
+
+const TICK_NS: u64 = 50_000_000;
+/// A look at one caller costs about 8 µs; with very many, most of the time is left to others.
+const SHARE: u64 = 3;
+
+/// Runs until told to stop. `stop` is seen at the next tick, or at once with [`super::park::Parking::wake_clock`].
+pub fn run(core: &Arc<Core>, stop: &AtomicBool) {
+    let mut seen_ns = core.ring.now_ns();
+    let mut next_look_ns = 0;
+    while !stop.load(Acquire) {
+        let now = core.ring.now_ns();
+        end_lives(core, seen_ns, now);
+        seen_ns = now;
+        let due = core.parking.due(now);
+        core.resume(due, Ended::Released);
+        if !core.parking.is_empty() && now >= next_look_ns {
+            let_die(core);
+            let took = core.ring.now_ns() - now;
+            next_look_ns = now + TICK_NS.max(SHARE * took);
+        }
+        let idle = if core.parking.is_empty() { u64::MAX / 2 } else { next_look_ns };
+        let latest = core.arming.next_deadline(now).unwrap_or(u64::MAX / 2).min(idle).min(now + 3600 * 1_000_000_000);
+        core.parking.sleep(core.ring.now_ns(), latest);
+    }
+}
+
+/// Rules whose life has ended: what they hold goes on, and the stream says so.
+fn end_lives(core: &Arc<Core>, from_ns: u64, to_ns: u64) {
+    for rule in core.arming.expired(from_ns, to_ns) {
+        if &*rule.name == "mode" {
+            if rule.fault == Fault::Full {
+                core.capacity.set_full(false);
+            }
+            core.arming.set_mode(super::Mode::AllowWrites, None, to_ns);
+            core.ring.change("mode", json!({"mode": "allow_writes", "action": "expired"}));
+        } else {
+            core.ring.change("rule", json!({"rule": &*rule.name, "action": "expired"}));
+        }
+        let held = core.parking.take(usize::MAX, |parked| parked.is_held_by(&rule.name));
+        core.resume(held, Ended::Removed);
+    }
+}
+
+fn let_die(core: &Arc<Core>) {
+    let dying = core.parking.callers().into_iter().filter(|(_, tid, started)| process::is_dying(*tid, *started));
+    let ids: Vec<u64> = dying.map(|(id, ..)| id).collect();
+    if ids.is_empty() {
+        return;
+    }
+    let parked = core.parking.take_by_id(&ids);
+    for one in &parked {
+        let (op, tid) = (one.pending.call.op().word(), one.pending.caller.tid);
+        core.ring.change("request", json!({"action": "caller_died", "op": op, "tid": tid}));
+    }
+    core.resume(parked, Ended::CallerDied);
+}

@@ -1,0 +1,81 @@
+//! Open files and directories by handle.
+//!
+//! Shared by all threads of `fs/`. The lock is held to find or to change an entry, for nanoseconds, never across a
+//! system call: what is found is shared ownership.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::*;
+
+use parking_lot::RwLock;
+use slab::Slab;
+
+use super::inode::Inode;
+use crate::fault::Op;
+
+/// An open file.
+#[derive(Debug)]
+pub struct OpenFile {
+    pub inode: Arc<Inode>,
+    /// On the backing directory; never `O_APPEND` (the kernel says where to write) nor `O_DIRECT` (the data in a
+    /// request is not aligned for it).
+    pub file: File,
+    /// Does the kernel keep its pages?
+    pub cached: bool,
+}
+
+/// The tables of one mount.
+#[derive(Debug, Default)]
+pub struct Files {
+    files: RwLock<Slab<Arc<OpenFile>>>,
+    directories: RwLock<Slab<Arc<OpenFile>>>,
+}
+
+fn unknown() -> io::Error {
+    io::Error::from_raw_os_error(libc::EBADF)
+}
+
+impl Files {
+    pub fn get(&self, fh: u64) -> io::Result<Arc<OpenFile>> {
+        self.files.read().get(fh as usize).cloned().ok_or_else(unknown)
+    }
+
+    pub fn directory(&self, fh: u64) -> io::Result<Arc<OpenFile>> {
+        self.directories.read().get(fh as usize).cloned().ok_or_else(unknown)
+    }
+
+    /// The inode behind a handle of the kind that the operation uses.
+    pub fn inode(&self, fh: u64, op: Op) -> Option<Arc<Inode>> {
+        let file = match op {
+            Op::Readdir | Op::Releasedir | Op::Fsyncdir => self.directory(fh),
+            _ => self.get(fh),
+        };
+        file.ok().map(|file| file.inode.clone())
+    }
+
+    pub fn open(&self, file: OpenFile) -> u64 {
+        file.inode.opens.fetch_add(1, AcqRel);
+        self.files.write().insert(Arc::new(file)) as u64
+    }
+
+    pub fn open_directory(&self, directory: OpenFile) -> u64 {
+        self.directories.write().insert(Arc::new(directory)) as u64
+    }
+
+    /// Closes a file; gives it and whether it was the last handle of its inode.
+    pub fn close(&self, fh: u64) -> Option<(Arc<OpenFile>, bool)> {
+        let file = self.files.write().try_remove(fh as usize)?;
+        let last = file.inode.opens.fetch_sub(1, AcqRel) == 1;
+        Some((file, last))
+    }
+
+    pub fn close_directory(&self, fh: u64) {
+        let directory = self.directories.write().try_remove(fh as usize);
+        drop(directory);
+    }
+
+    pub fn open_count(&self) -> usize {
+        self.files.read().len()
+    }
+}

@@ -1,0 +1,253 @@
+//! One file of the backing tree that the kernel knows: how to reach it, and under which names.
+//!
+//! Shared by all threads of `fs/`. The lock of the names is held for a few instructions, never across a system call,
+//! and never two at a time: a path is gathered by locking one inode after the other.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+use smallvec::SmallVec;
+
+use crate::durability::Undo;
+use crate::fault::Plan;
+use crate::space::Usage;
+use crate::sys::handle::{self, FileHandle};
+
+/// What tells one file from every other, past and present. Without a handle the inode number is enough, because then
+/// a descriptor keeps the number from being used again.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    pub dev: u64,
+    pub ino: u64,
+    pub handle: Option<FileHandle>,
+}
+
+/// Paths deeper than this are taken for a loop in names that others moved below us.
+const DEEPEST: usize = 2048;
+
+/// A known file.
+#[derive(Debug)]
+pub struct Inode {
+    /// The kernel's name for it.
+    pub id: u64,
+    pub identity: Identity,
+    /// `S_IFMT` bits.
+    pub kind: u32,
+    /// An ordinary descriptor on the filesystem of the backing directory, for opening by handle.
+    mount: Arc<File>,
+    /// `O_PATH` descriptor: of directories while there is room, of what has no handle, of what was unlinked.
+    held: OnceLock<OwnedFd>,
+    names: Mutex<Names>,
+    /// References that the kernel holds; changed under the lock of the table.
+    pub lookups: AtomicU64,
+    /// Open handles of ours.
+    pub opens: AtomicU32,
+    /// Writes that can be taken back.
+    pub undo: Mutex<Undo>,
+    /// Is there anything in `undo`? Read on the hot path instead of its lock.
+    pub undoable: std::sync::atomic::AtomicBool,
+    /// Blocks as `space` last counted them.
+    pub usage: Usage,
+}
+
+#[derive(Debug, Default)]
+struct Names {
+    /// The latest used comes first.
+    links: SmallVec<[(Arc<Inode>, OsString); 1]>,
+    /// The path of the first link, as of a version of the tree.
+    path: Option<(u64, Arc<[u8]>)>,
+    /// Which rules of a plan match the paths, as of a version of the tree.
+    bits: Option<(u64, u64, Arc<[u64]>)>,
+}
+
+/// A descriptor for one use: held by the inode, or opened by handle.
+pub enum PathFd<'a> {
+    Held(BorrowedFd<'a>),
+    Opened(OwnedFd),
+}
+
+impl AsFd for PathFd<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            PathFd::Held(fd) => *fd,
+            PathFd::Opened(fd) => fd.as_fd(),
+        }
+    }
+}
+
+impl Inode {
+    pub fn new(id: u64, identity: Identity, kind: u32, mount: Arc<File>, held: Option<OwnedFd>) -> Inode {
+        let cell = OnceLock::new();
+        if let Some(fd) = held {
+            let _ = cell.set(fd);
+        }
+        Inode {
+            id,
+            identity,
+            kind,
+            mount,
+            held: cell,
+            names: Mutex::default(),
+            lookups: AtomicU64::new(0),
+            opens: AtomicU32::new(0),
+            undo: Mutex::default(),
+            undoable: false.into(),
+            usage: Usage::default(),
+        }
+    }
+
+    pub fn is_dir(&self) -> bool {
+        self.kind == libc::S_IFDIR
+    }
+
+    pub fn is_regular(&self) -> bool {
+        self.kind == libc::S_IFREG
+    }
+
+    pub fn holds_fd(&self) -> bool {
+        self.held.get().is_some()
+    }
+
+    /// An `O_PATH` descriptor of the file.
+    ///
+    /// # Errors
+    /// `ESTALE` when it is gone and nobody holds it.
+    pub fn path_fd(&self) -> io::Result<PathFd<'_>> {
+        if let Some(fd) = self.held.get() {
+            return Ok(PathFd::Held(fd.as_fd()));
+        }
+        self.by_handle(libc::O_PATH).map(PathFd::Opened)
+    }
+
+    /// Opens the file itself with these flags, which must not create anything.
+    pub fn open(&self, flags: i32) -> io::Result<OwnedFd> {
+        match self.held.get() {
+            None => self.by_handle(flags),
+            Some(held) => reopen(held.as_fd(), flags),
+        }
+    }
+
+    /// Keeps a file reachable whose last name is about to go, until the kernel forgets it.
+    pub fn hold(&self) {
+        if self.held.get().is_none()
+            && let Ok(fd) = self.by_handle(libc::O_PATH)
+        {
+            let _ = self.held.set(fd);
+        }
+    }
+
+    fn by_handle(&self, flags: i32) -> io::Result<OwnedFd> {
+        let stale = || io::Error::from_raw_os_error(libc::ESTALE);
+        let handle = self.identity.handle.as_ref().ok_or_else(stale)?;
+        handle::open(self.mount.as_fd(), handle, flags)
+    }
+
+    /// Notes that the file was met under this name; it becomes the name that events show.
+    pub fn met(&self, parent: &Arc<Inode>, name: &OsStr) {
+        let mut names = self.names.lock();
+        let at = names.links.iter().position(|(p, n)| p.id == parent.id && n == name);
+        if at == Some(0) {
+            return;
+        }
+        let link = match at {
+            Some(at) => names.links.remove(at),
+            None => (parent.clone(), name.to_os_string()),
+        };
+        names.links.insert(0, link);
+        names.forget_paths();
+    }
+
+    /// Notes that this name is gone.
+    pub fn lost(&self, parent: u64, name: &OsStr) {
+        let mut names = self.names.lock();
+        // The last one stays: a file that is open and unlinked is still spoken of by the name it had.
+        if names.links.len() > 1 {
+            names.links.retain(|(p, n)| !(p.id == parent && n == name));
+            names.forget_paths();
+        }
+    }
+
+    /// Notes that the file moved.
+    pub fn moved(&self, parent: u64, name: &OsStr, to: &Arc<Inode>, to_name: &OsStr) {
+        let mut names = self.names.lock();
+        names.links.retain(|(p, n)| !(p.id == parent && n == name));
+        names.links.insert(0, (to.clone(), to_name.to_os_string()));
+        names.forget_paths();
+    }
+
+    /// The path below the mountpoint, with a leading slash; of several, the one used last. `version` is the tree's.
+    pub fn path(&self, version: u64) -> Arc<[u8]> {
+        if let Some((of, path)) = &self.names.lock().path
+            && *of == version
+        {
+            return path.clone();
+        }
+        let path: Arc<[u8]> = self.paths().next().unwrap_or_else(|| b"/".to_vec()).into();
+        self.names.lock().path = Some((version, path.clone()));
+        path
+    }
+
+    /// The names that are known: node id of the directory, and name.
+    pub fn links(&self) -> Vec<(u64, OsString)> {
+        self.names.lock().links.iter().map(|(parent, name)| (parent.id, name.clone())).collect()
+    }
+
+    /// All paths that are known.
+    pub fn paths(&self) -> impl Iterator<Item = Vec<u8>> {
+        let links = self.names.lock().links.clone();
+        let root = links.is_empty().then(|| b"/".to_vec());
+        links.into_iter().map(|(parent, name)| parent.child_path(&name)).chain(root)
+    }
+
+    /// The path of a name in this directory.
+    pub fn child_path(self: &Arc<Self>, name: &OsStr) -> Vec<u8> {
+        let mut parts: SmallVec<[OsString; 8]> = SmallVec::new();
+        parts.push(name.to_os_string());
+        let mut directory = self.clone();
+        while parts.len() < DEEPEST {
+            let link = directory.names.lock().links.first().cloned();
+            let Some((parent, name)) = link else { break };
+            parts.push(name);
+            directory = parent;
+        }
+        let mut path = Vec::with_capacity(parts.iter().map(|part| part.len() + 1).sum());
+        for part in parts.iter().rev() {
+            path.push(b'/');
+            path.extend_from_slice(part.as_bytes());
+        }
+        path
+    }
+
+    /// Which rules of the plan match the paths: computed once for each plan and version of the tree.
+    pub fn path_bits(&self, plan: &Plan, version: u64) -> Arc<[u64]> {
+        if let Some((id, of, bits)) = &self.names.lock().bits
+            && (*id, *of) == (plan.id, version)
+        {
+            return bits.clone();
+        }
+        let paths: SmallVec<[Vec<u8>; 1]> = self.paths().collect();
+        let bits: Arc<[u64]> = plan.path_bits(paths.iter().map(Vec::as_slice)).into();
+        self.names.lock().bits = Some((plan.id, version, bits.clone()));
+        bits
+    }
+}
+
+impl Names {
+    fn forget_paths(&mut self) {
+        self.path = None;
+        self.bits = None;
+    }
+}
+
+/// Opens what an `O_PATH` descriptor stands for, by way of procfs.
+pub fn reopen(fd: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let flags = nix::fcntl::OFlag::from_bits_retain(flags & !libc::O_NOFOLLOW | libc::O_CLOEXEC);
+    Ok(nix::fcntl::open(path.as_str(), flags, nix::sys::stat::Mode::empty())?)
+}

@@ -1,0 +1,106 @@
+//! Making the kernel forget what would hide a fault: pages, attributes and names that it keeps.
+//!
+//! Run by a helper thread of its own for each change of the rules, because the kernel blocks such a notice while a
+//! request for the same pages or names is open (parked, for instance); never by a reader, nor by the control thread.
+//! Costs about two microseconds a file.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::*};
+
+use crossbeam_channel::{Receiver, bounded};
+use fuser::INodeNo;
+
+use super::inode::Inode;
+use super::serve::Core;
+use crate::fault::{Op, Rule};
+
+/// Cleaning under way.
+#[derive(Debug)]
+pub struct Cleaning {
+    left: Arc<AtomicUsize>,
+    done: Receiver<()>,
+}
+
+impl Cleaning {
+    /// Files not yet done; 0 when finished.
+    pub fn left(&self) -> usize {
+        self.left.load(Acquire)
+    }
+
+    /// Closed when finished.
+    pub fn done(&self) -> &Receiver<()> {
+        &self.done
+    }
+}
+
+/// Could what the kernel keeps hide any of these rules?
+pub fn can_hide(rules: &[Arc<Rule>]) -> bool {
+    rules.iter().any(|rule| wants_pages(rule) || wants_attributes(rule) || wants_names(rule))
+}
+
+fn wants_pages(rule: &Rule) -> bool {
+    rule.ops.has(Op::Read)
+}
+
+fn wants_attributes(rule: &Rule) -> bool {
+    rule.ops.has(Op::Getattr)
+}
+
+fn wants_names(rule: &Rule) -> bool {
+    rule.ops.has(Op::Lookup)
+}
+
+/// Starts a helper that goes through all known files that the rules are about, and calls `finished` at the end.
+pub fn clean(core: &Arc<Core>, rules: Vec<Arc<Rule>>, finished: impl FnOnce() + Send + 'static) -> Cleaning {
+    let (sender, done) = bounded::<()>(0);
+    let left = Arc::new(AtomicUsize::new(0));
+    let mut files: Vec<_> = core.tree.all().into_iter().filter(|inode| is_meant(inode, &rules)).collect();
+    // Files that a parked request holds come last, so that they keep no other from being done.
+    files.sort_by_cached_key(|inode| is_held(core, inode.id));
+    left.store(files.len(), Release);
+    let (core, count) = (core.clone(), left.clone());
+    let helper = std::thread::Builder::new().name("kernel-cache".into()).spawn(move || {
+        for inode in files {
+            forget(&core, &inode, &rules);
+            count.fetch_sub(1, AcqRel);
+        }
+        drop(sender);
+        finished();
+    });
+    if let Err(error) = helper {
+        tracing::error!(%error, "no thread to clean the kernel's caches");
+    }
+    Cleaning { left, done }
+}
+
+/// Any path below a directory counts for its names: a lookup is made in the directory.
+fn is_meant(inode: &Arc<Inode>, rules: &[Arc<Rule>]) -> bool {
+    rules.iter().any(|rule| {
+        let paths: Vec<Vec<u8>> = inode.paths().collect();
+        rule.path_matches(paths.iter().map(Vec::as_slice))
+    })
+}
+
+fn is_held(core: &Core, ino: u64) -> bool {
+    let mut held = false;
+    core.parking.each(|_, parked| held |= parked.pending.call.ino() == ino);
+    held
+}
+
+fn forget(core: &Core, inode: &Inode, rules: &[Arc<Rule>]) {
+    let Some(notifier) = core.notifier.get() else { return };
+    // A failure means that the kernel does not know the file any more, or that the mount is gone.
+    if rules.iter().any(|rule| wants_pages(rule)) && inode.is_regular() {
+        core.holds.forget(Some(inode.id));
+        let _ = notifier.inval_inode(INodeNo(inode.id), 0, 0);
+    } else if rules.iter().any(|rule| wants_attributes(rule)) {
+        let _ = notifier.inval_inode(INodeNo(inode.id), -1, 0);
+    }
+    if rules.iter().any(|rule| wants_names(rule)) {
+        for (parent, name) in inode.links() {
+            let _ = notifier.inval_entry(INodeNo(parent), OsStr::from_bytes(name.as_bytes()));
+        }
+    }
+}

@@ -1,0 +1,441 @@
+//! Contents: open, read, write, copy, allocate, sync.
+//!
+//! The write is the hot path: from the handle straight to `pwrite`, unless something about the file or the mount asks for more (a
+//! capacity, an undo log), which two relaxed loads tell.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::*;
+
+use fuser::FopenFlags;
+use nix::fcntl::{FallocateFlags, OFlag};
+use nix::unistd::Whence;
+use parking_lot::MutexGuard;
+
+use super::names::Creation;
+use crate::durability::{Undo, undo};
+use crate::fs::buffer;
+use crate::fs::call::{Answer, Call, Caller};
+use crate::fs::files::OpenFile;
+use crate::fs::inode::Inode;
+use crate::fs::serve::Core;
+use crate::fs::tree::stat;
+use crate::space::{self, Reservation};
+
+/// Flags that are the kernel's affair on our side, or would change what `pwrite` means.
+const OURS: i32 = libc::O_CREAT
+    | libc::O_EXCL
+    | libc::O_NOCTTY
+    | libc::O_TRUNC
+    | libc::O_APPEND
+    | libc::O_DIRECT
+    | libc::O_NOFOLLOW
+    | libc::O_SYNC
+    | libc::O_DSYNC;
+
+/// The flags for opening the backing file. `O_SYNC` is done by an fsync where waiting is harmless.
+pub(super) fn backing_flags(flags: i32) -> i32 {
+    flags & !OURS | libc::O_CLOEXEC
+}
+
+/// How the kernel is to treat an open file: `O_DIRECT` goes past its cache, so that one request is one result.
+pub(super) fn open_mode(flags: i32) -> (bool, FopenFlags) {
+    match flags & libc::O_DIRECT != 0 {
+        true => (false, FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES),
+        false => (true, FopenFlags::empty()),
+    }
+}
+
+impl Core {
+    pub(super) fn open(&self, ino: u64, flags: i32) -> io::Result<Answer> {
+        let inode = self.tree.get(ino)?;
+        let file = File::from(inode.open(backing_flags(flags))?);
+        let (cached, mode) = open_mode(flags);
+        if cached {
+            // The kernel drops what it has of the file now, and with it the pages that a failed read left behind.
+            self.holds_forget(ino);
+        }
+        Ok(Answer::Opened(self.files.open(OpenFile { inode, file, cached }), mode))
+    }
+
+    fn holds_forget(&self, ino: u64) {
+        if self.holds.any() {
+            self.holds.forget(Some(ino));
+        }
+    }
+
+    pub(super) fn create(
+        &self,
+        caller: &Caller,
+        parent: u64,
+        name: &std::ffi::OsStr,
+        (mode, umask): (u32, u32),
+        flags: i32,
+    ) -> io::Result<Answer> {
+        let exclusive = flags & libc::O_EXCL;
+        let backing = backing_flags(flags) | libc::O_CREAT | libc::O_NOFOLLOW | exclusive;
+        let mut opened: Option<OwnedFd> = None;
+        let entry = self.make(caller, parent, name, Creation { mode, umask }, |dir, name, mode| {
+            opened = Some(nix::fcntl::openat(dir, name, OFlag::from_bits_retain(backing), mode)?);
+            Ok(())
+        })?;
+        let inode = self.tree.get(entry.attr.ino.0)?;
+        let file = File::from(opened.ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))?);
+        let (cached, mode) = open_mode(flags);
+        Ok(Answer::Created(entry, self.files.open(OpenFile { inode, file, cached }), mode))
+    }
+
+    pub(super) fn release(&self, fh: u64) -> io::Result<Answer> {
+        if let Some((file, true)) = self.files.close(fh)
+            && self.capacity.is_set()
+            && let Ok(stat) = stat(&file.file)
+            && stat.st_nlink == 0
+        {
+            self.capacity.freed(stat.st_blocks as u64);
+        }
+        Ok(Answer::Empty)
+    }
+
+    pub(super) fn read(&self, fh: u64, offset: u64, size: u32, flags: i32) -> io::Result<Answer> {
+        let file = self.files.get(fh)?;
+        let mut data = buffer::lend(size as usize);
+        let mut length = 0;
+        while length < data.len() {
+            match file.file.read_at(&mut data[length..], offset + length as u64) {
+                Ok(0) => break,
+                Ok(read) => length += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if length == 0 => return Err(error),
+                Err(_) => break,
+            }
+        }
+        data.truncate(length);
+        let direct = !file.cached || flags & libc::O_DIRECT != 0;
+        if direct && file.inode.undoable.load(Acquire) {
+            file.inode.undo.lock().overlay(offset, &mut data);
+        }
+        Ok(Answer::Data(data))
+    }
+
+    pub(super) fn write(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
+        let Call::Write { fh, offset, data, flags, origin, .. } = call else { return Err(misfit()) };
+        let file = self.files.get(*fh)?;
+        let written = match drop || self.capacity.limits() || file.inode.undoable.load(Acquire) {
+            false => write_at(&file.file, data, *offset)?,
+            true => {
+                // The kernel can tell a caller that only part was written, unless nobody waits for it or it goes past
+                // the cache on a handle that has one.
+                let can_be_short = !origin.writeback && (flags & libc::O_DIRECT == 0 || !file.cached);
+                let range = *offset..offset.saturating_add(data.len() as u64);
+                self.change(&file.inode, file.file.as_fd(), |change| {
+                    let length = change.reserve(self, caller, call, range.clone(), can_be_short)?;
+                    let range = range.start..range.start + length;
+                    if drop {
+                        change.lose(range.clone())?;
+                    }
+                    let written = write_at(&file.file, &data[..length as usize], *offset)?;
+                    change.kept(drop, range.start..range.start + written as u64);
+                    Ok(written)
+                })?
+            }
+        };
+        if written < data.len() && origin.writeback {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        if origin.kill_suidgid {
+            self.kill_suidgid(&file.file)?;
+        }
+        if !drop && !file.cached && flags & (libc::O_SYNC | libc::O_DSYNC) != 0 {
+            sync(&file.file, flags & libc::O_SYNC != libc::O_SYNC)?;
+        }
+        Ok(Answer::Written(written as u32))
+    }
+
+    pub(super) fn copy_file_range(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
+        let Call::CopyFileRange { fh, offset, to_fh, to_offset, length, .. } = call else { return Err(misfit()) };
+        let (from, to) = (self.files.get(*fh)?, self.files.get(*to_fh)?);
+        // What the source's reader would get ends with the source.
+        let there = (stat(&from.file)?.st_size as u64).saturating_sub(*offset);
+        let length = (*length).min(there).min(1 << 30);
+        if length == 0 {
+            return Ok(Answer::Written(0));
+        }
+        let range = *to_offset..to_offset.saturating_add(length);
+        let copied = self.change(&to.inode, to.file.as_fd(), |change| {
+            let length = change.reserve(self, caller, call, range.clone(), true)?;
+            let range = range.start..range.start + length;
+            if drop {
+                change.lose(range.clone())?;
+            }
+            let (mut at, mut to_at) = (*offset as i64, range.start as i64);
+            let copied = nix::fcntl::copy_file_range(
+                &from.file,
+                Some(&mut at),
+                &to.file,
+                Some(&mut to_at),
+                length as usize,
+            )?;
+            change.kept(drop, range.start..range.start + copied as u64);
+            Ok(copied)
+        })?;
+        if caller.uid != 0 {
+            self.kill_suidgid(&to.file)?;
+        }
+        Ok(Answer::Written(copied as u32))
+    }
+
+    pub(super) fn fallocate(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
+        let Call::Fallocate { fh, offset, length, mode, .. } = call else { return Err(misfit()) };
+        let file = self.files.get(*fh)?;
+        let flags = FallocateFlags::from_bits_retain(*mode);
+        let allocates = !flags.contains(FallocateFlags::FALLOC_FL_PUNCH_HOLE);
+        let overwrites = flags.intersects(FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_ZERO_RANGE);
+        let range = *offset..offset.saturating_add(*length);
+        self.change(&file.inode, file.file.as_fd(), |change| {
+            if allocates {
+                change.reserve(self, caller, call, range.clone(), false)?;
+            }
+            let size = stat(&file.file)?.st_size as u64;
+            let grows = !flags.contains(FallocateFlags::FALLOC_FL_KEEP_SIZE) && range.end > size;
+            let touched = match (overwrites, grows) {
+                (true, false) => range.start..range.end.min(size).max(range.start),
+                (true, true) => range.clone(),
+                (false, true) => size.max(range.start)..range.end,
+                (false, false) => 0..0,
+            };
+            if drop {
+                change.lose(touched.clone())?;
+            }
+            nix::fcntl::fallocate(&file.file, flags, *offset as i64, *length as i64)?;
+            if !touched.is_empty() {
+                change.kept(drop, touched);
+            }
+            if self.remembers_preallocation {
+                file.inode.usage.note_preallocated(allocates, range.clone());
+            }
+            Ok(())
+        })?;
+        if caller.uid != 0 {
+            self.kill_suidgid(&file.file)?;
+        }
+        Ok(Answer::Empty)
+    }
+
+    pub(super) fn fsync(&self, fh: u64, datasync: bool, drop: bool) -> io::Result<Answer> {
+        if !drop {
+            sync(&self.files.get(fh)?.file, datasync)?;
+        }
+        Ok(Answer::Empty)
+    }
+
+    pub(super) fn fsyncdir(&self, fh: u64, datasync: bool, drop: bool) -> io::Result<Answer> {
+        if !drop {
+            sync(&self.files.directory(fh)?.file, datasync)?;
+        }
+        Ok(Answer::Empty)
+    }
+
+    pub(super) fn lseek(&self, fh: u64, offset: i64, whence: i32) -> io::Result<Answer> {
+        let file = self.files.get(fh)?;
+        let whence = match whence {
+            libc::SEEK_DATA => Whence::SeekData,
+            libc::SEEK_HOLE => Whence::SeekHole,
+            libc::SEEK_END => Whence::SeekEnd,
+            libc::SEEK_CUR => Whence::SeekCur,
+            libc::SEEK_SET => Whence::SeekSet,
+            _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        };
+        // The position of the backing descriptor means nothing to anybody: all I/O says where.
+        Ok(Answer::Offset(nix::unistd::lseek(&file.file, offset, whence)?))
+    }
+
+    /// Would the request need blocks that the file does not have? What cannot be found out counts as no.
+    pub(in crate::fs) fn grows(&self, call: &Call<'_>) -> bool {
+        if matches!(call, Call::Fallocate { mode, .. } if mode & libc::FALLOC_FL_PUNCH_HOLE != 0) {
+            return false;
+        }
+        let (Some((offset, length)), Some(fh)) = (call.range(), call.fh()) else { return false };
+        let Ok(file) = self.files.get(fh) else { return false };
+        self.fit(&file.inode, file.file.as_fd(), offset..offset.saturating_add(length), 0).is_ok_and(|fit| fit.need > 0)
+    }
+
+    fn fit(&self, inode: &Inode, fd: BorrowedFd<'_>, range: Range<u64>, free: u64) -> io::Result<space::Fit> {
+        space::fit(fd, &stat(fd)?, range, self.block, free, &inode.usage.preallocated())
+    }
+
+    /// Changes a file's contents with all that hangs on it: the undo log, locked while old bytes are saved and
+    /// overwritten, and the account of space.
+    pub(in crate::fs) fn change<T>(
+        &self,
+        inode: &Arc<Inode>,
+        fd: BorrowedFd<'_>,
+        act: impl FnOnce(&mut Change<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let counted = self.capacity.limits();
+        if counted {
+            inode.usage.begin(stat(fd)?.st_blocks as u64);
+        }
+        let undo = inode.undoable.load(Acquire).then(|| inode.undo.lock());
+        let mut change = Change { fd, inode, undo, reservation: None };
+        let result = act(&mut change);
+        let reservation = change.reservation.take();
+        drop(change);
+        if counted && self.capacity.is_set() {
+            let none = || self.capacity.reserve(0, self.block).1;
+            self.capacity.settle(reservation.unwrap_or_else(none), &inode.usage, stat(fd)?.st_blocks as u64);
+        }
+        result
+    }
+
+    /// Takes back what was dropped on one file: writes the old bytes, and makes the kernel forget the new ones.
+    /// Called by helpers, never by a reader: the kernel may write back mapped pages first.
+    ///
+    /// # Errors
+    /// When the backing file cannot be written; then what is left stays in the log.
+    pub fn evict(&self, inode: &Arc<Inode>) -> io::Result<undo::Evicted> {
+        self.forget_pages(inode.id);
+        let file = File::from(inode.open(libc::O_RDWR)?);
+        let mut log = inode.undo.lock();
+        let evicted = log.evict(&mut Backing { write: file.as_fd(), read: &file })?;
+        inode.undoable.store(!log.is_empty(), Release);
+        drop(log);
+        if self.capacity.limits() {
+            self.capacity.settle(self.capacity.reserve(0, self.block).1, &inode.usage, stat(&file)?.st_blocks as u64);
+        }
+        self.forget_pages(inode.id);
+        self.tree.settle(inode.id);
+        Ok(evicted)
+    }
+
+    fn forget_pages(&self, id: u64) {
+        if let Some(notifier) = self.notifier.get() {
+            // Fails once the mount is gone, and then there is no page left.
+            let _ = notifier.inval_inode(fuser::INodeNo(id), 0, 0);
+        }
+    }
+}
+
+/// One change of a file's contents under way.
+pub(in crate::fs) struct Change<'a> {
+    pub fd: BorrowedFd<'a>,
+    inode: &'a Arc<Inode>,
+    undo: Option<MutexGuard<'a, Undo>>,
+    reservation: Option<Reservation>,
+}
+
+impl Change<'_> {
+    /// Takes the space that a range needs; how much of the range there is space for.
+    fn reserve(
+        &mut self,
+        core: &Core,
+        caller: &Caller,
+        call: &Call<'_>,
+        range: Range<u64>,
+        can_be_short: bool,
+    ) -> io::Result<u64> {
+        let whole = range.end - range.start;
+        if !core.capacity.limits() {
+            return Ok(whole);
+        }
+        let need = core.fit(self.inode, self.fd, range.clone(), u64::MAX)?.need;
+        let (got, reservation) = core.capacity.reserve(need, core.block);
+        self.reservation = Some(reservation);
+        if got >= need {
+            return Ok(whole);
+        }
+        let fits = match can_be_short {
+            true => core.fit(self.inode, self.fd, range, got)?.length,
+            false => 0,
+        };
+        if fits > 0 {
+            core.inject_space(caller, call, Some(fits), None);
+            return Ok(fits);
+        }
+        core.inject_space(caller, call, None, Some(libc::ENOSPC));
+        Err(io::Error::from_raw_os_error(libc::ENOSPC))
+    }
+
+    /// Saves what a dropped write is about to cover.
+    pub fn lose(&mut self, range: Range<u64>) -> io::Result<()> {
+        let readable = File::from(self.inode.open(libc::O_RDWR)?);
+        let inode = self.inode;
+        let undo = self.undo.get_or_insert_with(|| inode.undo.lock());
+        undo.before_drop(range, &mut Backing { write: self.fd, read: &readable })?;
+        undo.writes += 1;
+        inode.undoable.store(true, Release);
+        Ok(())
+    }
+
+    /// Notes what was written, if it is to stay.
+    fn kept(&mut self, drop: bool, range: Range<u64>) {
+        if let Some(undo) = self.undo.as_mut().filter(|_| !drop) {
+            undo.after_kept(range);
+        }
+    }
+
+    /// Notes a truncation that is to stay.
+    pub fn truncated(&mut self, size: u64) {
+        if let Some(undo) = self.undo.as_mut() {
+            undo.after_truncate(size);
+        }
+    }
+}
+
+/// The backing file for the undo log.
+struct Backing<'a> {
+    write: BorrowedFd<'a>,
+    read: &'a File,
+}
+
+impl undo::File for Backing<'_> {
+    fn size(&mut self) -> io::Result<u64> {
+        Ok(stat(self.write)?.st_size as u64)
+    }
+
+    fn read(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        self.read.read_at(buffer, offset)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.read.write_all_at(data, offset)
+    }
+
+    fn zero(&mut self, range: Range<u64>) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        Ok(nix::fcntl::fallocate(self.read, punch, range.start as i64, (range.end - range.start) as i64)?)
+    }
+
+    fn truncate(&mut self, size: u64) -> io::Result<()> {
+        self.read.set_len(size)
+    }
+}
+
+/// Writes all of it, or tells how much could be.
+fn write_at(file: &File, data: &[u8], offset: u64) -> io::Result<usize> {
+    let mut written = 0;
+    while written < data.len() {
+        match file.write_at(&data[written..], offset + written as u64) {
+            Ok(0) => break,
+            Ok(count) => written += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if written == 0 => return Err(error),
+            Err(_) => break,
+        }
+    }
+    Ok(written)
+}
+
+fn sync(file: &File, data_only: bool) -> io::Result<()> {
+    if data_only { file.sync_data() } else { file.sync_all() }
+}
+
+fn misfit() -> io::Error {
+    io::Error::from_raw_os_error(libc::EIO)
+}

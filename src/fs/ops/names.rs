@@ -1,0 +1,267 @@
+//! Names: lookup, making, removing, renaming, reading directories.
+//!
+//! What is made is made as the caller: with the caller's filesystem identity and umask, on this thread, so that the
+//! backing filesystem decides about owner, group, sgid directories and default ACLs as it would without us.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::*;
+
+use fuser::FopenFlags;
+use nix::fcntl::{AtFlags, RenameFlags};
+use nix::sys::stat::{FileStat, Mode, SFlag};
+use nix::unistd::UnlinkatFlags;
+
+use super::attributes::attr_of;
+use crate::fs::call::{Answer, Call, Caller, DirectorySink, Entry, Reply};
+use crate::fs::files::OpenFile;
+use crate::fs::inode::Inode;
+use crate::fs::serve::Core;
+use crate::fs::tree::{stat, stat_at};
+use crate::sys::{dents, ids};
+
+/// What a new file is made with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Creation {
+    pub mode: u32,
+    pub umask: u32,
+}
+
+/// Bytes of directory entries that are read at a time.
+const DENTS: usize = 16 << 10;
+
+impl Core {
+    pub(super) fn lookup(&self, parent: u64, name: &OsStr) -> io::Result<Answer> {
+        self.entry(&self.tree.get(parent)?, name).map(Answer::Entry)
+    }
+
+    fn entry(&self, parent: &Arc<Inode>, name: &OsStr) -> io::Result<Entry> {
+        let (inode, stat) = self.tree.lookup(parent, name)?;
+        Ok(Entry { attr: attr_of(&inode, &stat), keep: self.keep(&inode) })
+    }
+
+    /// Makes a name as the caller, and finds what was made.
+    pub(super) fn make(
+        &self,
+        caller: &Caller,
+        parent: u64,
+        name: &OsStr,
+        creation: Creation,
+        act: impl FnOnce(BorrowedFd<'_>, &OsStr, Mode) -> nix::Result<()>,
+    ) -> io::Result<Entry> {
+        let parent = self.tree.get(parent)?;
+        let dir = parent.path_fd()?;
+        let mode = Mode::from_bits_truncate(creation.mode & 0o7777);
+        ids::with_umask(creation.umask, || {
+            ids::as_caller(caller.uid, caller.gid, || act(dir.as_fd(), name, mode))
+        })?;
+        self.entry(&parent, name)
+    }
+
+    pub(super) fn mknod(
+        &self,
+        caller: &Caller,
+        parent: u64,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+    ) -> io::Result<Answer> {
+        let kind = SFlag::from_bits_truncate(mode & libc::S_IFMT);
+        let made = self.make(caller, parent, name, Creation { mode, umask }, |dir, name, mode| {
+            nix::sys::stat::mknodat(dir, name, kind, mode, u64::from(rdev))
+        });
+        made.map(Answer::Entry)
+    }
+
+    /// A directory takes a block of its own.
+    pub(super) fn mkdir(
+        &self,
+        caller: &Caller,
+        call: &Call<'_>,
+        parent: u64,
+        name: &OsStr,
+        (mode, umask): (u32, u32),
+    ) -> io::Result<Answer> {
+        if self.capacity.limits() && self.capacity.free() < self.block {
+            self.inject_space(caller, call, None, Some(libc::ENOSPC));
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        let entry = self.make(caller, parent, name, Creation { mode, umask }, |dir, name, mode| {
+            nix::sys::stat::mkdirat(dir, name, mode)
+        })?;
+        if self.capacity.is_set() {
+            self.capacity.taken(entry.attr.blocks);
+        }
+        Ok(Answer::Entry(entry))
+    }
+
+    pub(super) fn symlink(&self, caller: &Caller, parent: u64, name: &OsStr, target: &OsStr) -> io::Result<Answer> {
+        let made = self.make(caller, parent, name, Creation { mode: 0, umask: 0 }, |dir, name, _| {
+            nix::unistd::symlinkat(target, dir, name)
+        });
+        made.map(Answer::Entry)
+    }
+
+    pub(super) fn link(&self, ino: u64, parent: u64, name: &OsStr) -> io::Result<Answer> {
+        let (inode, parent) = (self.tree.get(ino)?, self.tree.get(parent)?);
+        nix::unistd::linkat(inode.path_fd()?, "", parent.path_fd()?, name, AtFlags::AT_EMPTY_PATH)?;
+        self.entry(&parent, name).map(Answer::Entry)
+    }
+
+    pub(super) fn unlink(&self, parent: u64, name: &OsStr) -> io::Result<Answer> {
+        self.remove(parent, name, UnlinkatFlags::NoRemoveDir)
+    }
+
+    pub(super) fn rmdir(&self, parent: u64, name: &OsStr) -> io::Result<Answer> {
+        self.remove(parent, name, UnlinkatFlags::RemoveDir)
+    }
+
+    fn remove(&self, parent: u64, name: &OsStr, how: UnlinkatFlags) -> io::Result<Answer> {
+        let parent = self.tree.get(parent)?;
+        let dir = parent.path_fd()?;
+        let going = self.before_losing(&parent, &dir, name);
+        nix::unistd::unlinkat(&dir, name, how)?;
+        self.after_losing(going, parent.id, name);
+        Ok(Answer::Empty)
+    }
+
+    /// What a name is about to stop naming: kept reachable if the kernel still knows it, and its blocks for the
+    /// account.
+    fn before_losing(&self, parent: &Inode, dir: impl AsFd, name: &OsStr) -> Going {
+        let inode = self.tree.peek(parent, name);
+        let last = |links| links == 1;
+        let stat = stat_at(dir, name).ok();
+        let blocks = stat.filter(|stat| last(stat.st_nlink) || stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
+        if let Some(inode) = &inode
+            && stat.is_some_and(|stat| last(stat.st_nlink))
+        {
+            inode.hold();
+        }
+        Going { inode, blocks: blocks.map_or(0, |stat| stat.st_blocks as u64) }
+    }
+
+    fn after_losing(&self, going: Going, parent: u64, name: &OsStr) {
+        if let Some(inode) = &going.inode {
+            inode.lost(parent, name);
+        }
+        // The blocks of an open file are free at its last close.
+        let open = going.inode.as_ref().is_some_and(|inode| inode.opens.load(Acquire) > 0);
+        if self.capacity.is_set() && !open {
+            self.capacity.freed(going.blocks);
+        }
+    }
+
+    pub(super) fn rename(
+        &self,
+        parent: u64,
+        name: &OsStr,
+        to_parent: u64,
+        to_name: &OsStr,
+        flags: u32,
+    ) -> io::Result<Answer> {
+        let (from, to) = (self.tree.get(parent)?, self.tree.get(to_parent)?);
+        let (from_fd, to_fd) = (from.path_fd()?, to.path_fd()?);
+        let flags = RenameFlags::from_bits_retain(flags);
+        let exchange = flags.contains(RenameFlags::RENAME_EXCHANGE);
+        let moving = self.tree.peek(&from, name);
+        let other = if exchange { self.tree.peek(&to, to_name) } else { None };
+        let same = |going: &Going| going.inode.as_ref().zip(moving.as_ref()).is_some_and(|(a, b)| a.id == b.id);
+        let replaced = match exchange {
+            true => None,
+            // Renaming one link of a file over another does nothing.
+            false => Some(self.before_losing(&to, &to_fd, to_name)).filter(|going| !same(going)),
+        };
+        nix::fcntl::renameat2(&from_fd, name, &to_fd, to_name, flags)?;
+        if let Some(going) = replaced {
+            self.after_losing(going, to.id, to_name);
+        }
+        self.note_moved(moving, (&from, name), (&to, to_name));
+        self.note_moved(other, (&to, to_name), (&from, name));
+        Ok(Answer::Empty)
+    }
+
+    fn note_moved(&self, inode: Option<Arc<Inode>>, from: (&Inode, &OsStr), to: (&Arc<Inode>, &OsStr)) {
+        let Some(inode) = inode else { return };
+        inode.moved(from.0.id, from.1, to.0, to.1);
+        if inode.is_dir() {
+            self.tree.directory_moved();
+        }
+    }
+
+    pub(super) fn opendir(&self, ino: u64, flags: i32) -> io::Result<Answer> {
+        let inode = self.tree.get(ino)?;
+        let only = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC | (flags & libc::O_NOATIME);
+        let file = std::fs::File::from(inode.open(only)?);
+        let fh = self.files.open_directory(OpenFile { inode, file, cached: false });
+        Ok(Answer::Opened(fh, FopenFlags::empty()))
+    }
+
+    pub(super) fn readdir(&self, fh: u64, offset: u64, reply: &mut Reply) -> io::Result<Answer> {
+        let directory = self.files.directory(fh)?;
+        self.each_entry(&directory, offset, |entry| {
+            reply.add(entry.ino, entry.next as u64, kind(entry.kind), entry.name)
+        })
+    }
+
+    pub(super) fn readdirplus(&self, fh: u64, offset: u64, reply: &mut Reply) -> io::Result<Answer> {
+        let directory = self.files.directory(fh)?;
+        let own = stat(&directory.file)?;
+        self.each_entry(&directory, offset, |listed| {
+            if listed.name == "." || listed.name == ".." {
+                return reply.add_plus(&self.dot(&directory.inode, &own, listed), listed.next as u64, listed.name);
+            }
+            // A name that is gone by now is not in the directory.
+            let Ok(entry) = self.entry(&directory.inode, listed.name) else { return false };
+            let full = reply.add_plus(&entry, listed.next as u64, listed.name);
+            if full {
+                self.tree.forget(entry.attr.ino.0, 1);
+            }
+            full
+        })
+    }
+
+    /// `.` and `..` take no reference; the kernel uses their number and type only.
+    fn dot(&self, directory: &Inode, own: &FileStat, listed: &dents::Entry<'_>) -> Entry {
+        let attr = fuser::FileAttr { ino: fuser::INodeNo(listed.ino), ..attr_of(directory, own) };
+        Entry { attr, keep: self.keep(directory) }
+    }
+
+    /// Goes through a directory from an offset until the reply is full. Nothing is kept between two calls: the offset
+    /// is the backing filesystem's own.
+    fn each_entry(
+        &self,
+        directory: &OpenFile,
+        offset: u64,
+        mut add: impl FnMut(&dents::Entry<'_>) -> bool,
+    ) -> io::Result<Answer> {
+        nix::unistd::lseek(&directory.file, offset as i64, nix::unistd::Whence::SeekSet)?;
+        let mut buffer = [0u8; DENTS];
+        loop {
+            let read = dents::read(&directory.file, &mut buffer)?;
+            if read == 0 || dents::entries(&buffer[..read]).any(|entry| add(&entry)) {
+                return Ok(Answer::Directory);
+            }
+        }
+    }
+}
+
+/// A file whose name is about to go.
+struct Going {
+    inode: Option<Arc<Inode>>,
+    blocks: u64,
+}
+
+fn kind(d_type: u8) -> fuser::FileType {
+    match d_type {
+        libc::DT_DIR => fuser::FileType::Directory,
+        libc::DT_LNK => fuser::FileType::Symlink,
+        libc::DT_FIFO => fuser::FileType::NamedPipe,
+        libc::DT_CHR => fuser::FileType::CharDevice,
+        libc::DT_BLK => fuser::FileType::BlockDevice,
+        libc::DT_SOCK => fuser::FileType::Socket,
+        _ => fuser::FileType::RegularFile,
+    }
+}

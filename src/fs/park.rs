@@ -1,0 +1,168 @@
+//! Requests that wait: delayed or stalled by a rule, with their replies and their data.
+//!
+//! A parked request holds no thread and no lock; it is an entry in a table, and goes on when its time has come, when it is released, or when
+//! its caller dies. Readers park, the clock wakes, the control thread lists and releases. The lock is held for the table's own work.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::call::{Call, Caller, Reply};
+use crate::fault::{Decision, Rule};
+
+/// The kernel stops sending reads at 65,535 that are open (`max_background`): well before that, none is parked.
+pub const MOST: usize = 60_000;
+
+/// A request with all it needs to go on.
+#[derive(Debug)]
+pub struct Pending {
+    pub caller: Caller,
+    pub call: Call<'static>,
+    pub reply: Reply,
+    /// What is still to happen to it.
+    pub decision: Decision,
+}
+
+/// A request that waits.
+#[derive(Debug)]
+pub struct Parked {
+    pub pending: Pending,
+    /// `None` while it is only delayed.
+    pub stalled: bool,
+    /// The rules that hold it.
+    pub rules: smallvec::SmallVec<[Arc<Rule>; 1]>,
+    pub since_ns: u64,
+    /// When it goes on by itself.
+    pub until_ns: Option<u64>,
+    /// When its caller was started.
+    pub caller_started: Option<u64>,
+}
+
+impl Parked {
+    pub fn is_held_by(&self, rule: &str) -> bool {
+        self.rules.iter().any(|held| &*held.name == rule)
+    }
+}
+
+/// The table.
+#[derive(Debug, Default)]
+pub struct Parking {
+    state: Mutex<State>,
+    changed: Condvar,
+    count: AtomicUsize,
+    closed: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// By number, and so by age.
+    requests: BTreeMap<u64, Parked>,
+    due: BinaryHeap<Reverse<(u64, u64)>>,
+    next: u64,
+    /// Somebody wants the clock to look again.
+    nudged: bool,
+}
+
+impl Parking {
+    /// Parks a request; gives it back when none can be parked any more.
+    pub fn park(&self, parked: Parked) -> Result<(), Box<Parked>> {
+        let mut state = self.state.lock();
+        if self.closed.load(Acquire) || state.requests.len() >= MOST {
+            return Err(Box::new(parked));
+        }
+        state.next += 1;
+        let id = state.next;
+        if let Some(until) = parked.until_ns {
+            state.due.push(Reverse((until, id)));
+        }
+        let first = state.requests.is_empty();
+        let earliest = state.due.peek().is_some_and(|Reverse((_, due))| *due == id);
+        state.requests.insert(id, parked);
+        self.count.store(state.requests.len(), Release);
+        if earliest || first {
+            self.nudge(state);
+        }
+        Ok(())
+    }
+
+    /// From now on nothing is parked: requests go on as if no rule had held them.
+    pub fn close(&self) {
+        self.closed.store(true, Release);
+        self.nudge(self.state.lock());
+    }
+
+    pub fn len(&self) -> usize {
+        self.count.load(Acquire)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Takes out those whose time has come.
+    pub fn due(&self, now_ns: u64) -> Vec<Parked> {
+        let mut state = self.state.lock();
+        let mut ready = Vec::new();
+        while let Some(Reverse((when, id))) = state.due.peek().copied() {
+            if when > now_ns {
+                break;
+            }
+            state.due.pop();
+            ready.extend(state.requests.remove(&id));
+        }
+        self.count.store(state.requests.len(), Release);
+        ready
+    }
+
+    /// Takes out at most `limit` that a condition holds for, the oldest first.
+    pub fn take(&self, limit: usize, mut which: impl FnMut(&Parked) -> bool) -> Vec<Parked> {
+        let mut state = self.state.lock();
+        let chosen = state.requests.iter().filter(|(_, parked)| which(parked)).map(|(id, _)| *id);
+        let ids: Vec<u64> = chosen.take(limit).collect();
+        let taken = ids.iter().filter_map(|id| state.requests.remove(id)).collect();
+        self.count.store(state.requests.len(), Release);
+        taken
+    }
+
+    /// Looks at every parked request.
+    pub fn each(&self, mut visit: impl FnMut(u64, &Parked)) {
+        self.state.lock().requests.iter().for_each(|(id, parked)| visit(*id, parked));
+    }
+
+    /// Callers to look at: number of the request, thread, and when that was started.
+    pub fn callers(&self) -> Vec<(u64, u32, Option<u64>)> {
+        let state = self.state.lock();
+        let caller = |(id, parked): (&u64, &Parked)| (*id, parked.pending.caller.tid, parked.caller_started);
+        state.requests.iter().map(caller).filter(|(_, tid, _)| *tid != 0).collect()
+    }
+
+    pub fn take_by_id(&self, ids: &[u64]) -> Vec<Parked> {
+        let mut state = self.state.lock();
+        let taken = ids.iter().filter_map(|id| state.requests.remove(id)).collect();
+        self.count.store(state.requests.len(), Release);
+        taken
+    }
+
+    /// Makes the clock look again: something is due earlier than it thinks.
+    pub fn wake_clock(&self) {
+        self.nudge(self.state.lock());
+    }
+
+    fn nudge(&self, mut state: MutexGuard<'_, State>) {
+        state.nudged = true;
+        self.changed.notify_all();
+    }
+
+    /// For the clock: sleeps until the next is due, until `latest`, or until nudged.
+    pub fn sleep(&self, now_ns: u64, latest_ns: u64) {
+        let mut state = self.state.lock();
+        let next = state.due.peek().map_or(latest_ns, |Reverse((when, _))| latest_ns.min(*when));
+        if !state.nudged && next > now_ns {
+            self.changed.wait_for(&mut state, std::time::Duration::from_nanos(next - now_ns));
+        }
+        state.nudged = false;
+    }
+}

@@ -1,0 +1,134 @@
+//! Who is calling: from the thread that FUSE names to its process, name and the system call it is in.
+//!
+//! Reads procfs, which never blocks on the mount. Called by readers only for requests that a rule concerns, and by the
+//! clock for parked ones. What was read of a thread is kept for a tenth of a second in the reader that read it: numbers of threads
+//! are not used again that fast, and a burst of injections costs one look.
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::event::record::Comm;
+
+const KEEP: Duration = Duration::from_millis(100);
+const KEPT: usize = 64;
+
+/// A calling process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Process {
+    pub pid: u32,
+    pub comm: Comm,
+}
+
+thread_local! {
+    static SEEN: RefCell<Vec<(u32, Instant, Process)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The process of a thread. Of thread 0, and of one that is gone, there is nothing to tell.
+pub fn of_thread(tid: u32) -> Process {
+    if tid == 0 {
+        return Process::default();
+    }
+    let now = Instant::now();
+    SEEN.with_borrow_mut(|seen| {
+        if let Some((_, _, process)) =
+            seen.iter().find(|(id, at, _)| *id == tid && now.duration_since(*at) < KEEP)
+        {
+            return *process;
+        }
+        let process = read(tid).unwrap_or(Process { pid: tid, ..Process::default() });
+        seen.retain(|(id, at, _)| *id != tid && now.duration_since(*at) < KEEP);
+        if seen.len() < KEPT {
+            seen.push((tid, now, process));
+        }
+        process
+    })
+}
+
+fn read(tid: u32) -> Option<Process> {
+    let status = fs::read(format!("/proc/{tid}/status")).ok()?;
+    let field = |name: &str| {
+        let line = status.split(|byte| *byte == b'\n').find(|line| line.starts_with(name.as_bytes()))?;
+        Some(line[name.len()..].trim_ascii())
+    };
+    let pid = std::str::from_utf8(field("Tgid:")?).ok()?.parse().ok()?;
+    Some(Process { pid, comm: Comm::new(field("Name:")?) })
+}
+
+/// Does the thread belong to the process?
+pub fn is_in(tid: u32, pid: u32) -> bool {
+    tid == pid || (tid != 0 && Path::new(&format!("/proc/{pid}/task/{tid}")).exists())
+}
+
+/// When the thread was started, in the kernel's ticks: with its number, this names it for good.
+pub fn start_time(tid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;
+    // The name may contain anything, blanks and brackets too; fields are counted from its end.
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Is the caller of a parked request beyond waiting: gone, or with a fatal signal pending?
+pub fn is_dying(tid: u32, started: Option<u64>) -> bool {
+    const SIGKILL_BIT: u64 = 1 << 8;
+    let Ok(status) = fs::read_to_string(format!("/proc/{tid}/status")) else { return true };
+    let pending = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+            .unwrap_or(0)
+    };
+    // The kernel marks a fatal signal of any number as pending SIGKILL in the thread.
+    if (pending("SigPnd:") | pending("ShdPnd:")) & SIGKILL_BIT != 0 {
+        return true;
+    }
+    started.is_some() && start_time(tid) != started
+}
+
+/// The bytes that the thread's read or write call is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallRange {
+    pub start: u64,
+    pub length: u64,
+}
+
+/// What the thread asked for in the system call that it waits in, where that is a plain read or write.
+///
+/// The kernel cuts one call into several requests; only this tells where the call began.
+pub fn current_call(tid: u32) -> Option<CallRange> {
+    let text = fs::read_to_string(format!("/proc/{tid}/syscall")).ok()?;
+    let mut words = text.split_ascii_whitespace();
+    let number = words.next()?.parse::<i64>().ok()?;
+    let mut arguments = words.filter_map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+    let fd = arguments.next()?;
+    let length = arguments.nth(1)?;
+    let start = match number {
+        libc::SYS_pread64 | libc::SYS_pwrite64 => arguments.next()?,
+        libc::SYS_read | libc::SYS_write => position(tid, fd)?,
+        _ => return None,
+    };
+    Some(CallRange { start, length })
+}
+
+fn position(tid: u32, fd: u64) -> Option<u64> {
+    let info = fs::read_to_string(format!("/proc/{tid}/fdinfo/{fd}")).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("pos:"))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_is_told_from_its_process() {
+        let pid = std::process::id();
+        let tid = std::thread::spawn(|| nix::unistd::gettid().as_raw() as u32);
+        let alive = nix::unistd::gettid().as_raw() as u32;
+        assert_eq!(of_thread(alive).pid, pid);
+        assert!(is_in(alive, pid) && !is_in(alive, 1));
+        assert!(!is_dying(alive, start_time(alive)));
+        let gone = tid.join().unwrap();
+        assert!(is_dying(gone, Some(1)));
+    }
+}

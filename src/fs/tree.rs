@@ -1,0 +1,196 @@
+//! The table of known files: node id to inode, file to node id.
+//!
+//! Shared by all threads of `fs/`. Its lock is held for the table's own work only, never across a system call. No
+//! path is ever resolved here: a name is opened in its directory, without following symlinks.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::*};
+
+use nix::fcntl::{AtFlags, OFlag};
+use nix::sys::stat::{FileStat, Mode};
+use parking_lot::RwLock;
+
+use super::inode::{Identity, Inode};
+use crate::sys::handle;
+
+/// The kernel's name for the root.
+pub const ROOT: u64 = 1;
+
+/// Node ids of files whose own number is taken: by a forgotten file that the kernel has not let go of yet, by the
+/// root, or by a file of another filesystem mounted below.
+const SUBSTITUTES: u64 = 1 << 63;
+
+pub struct Tree {
+    pub root: Arc<Inode>,
+    /// The backing directory, opened before anything was mounted over it.
+    mount: Arc<File>,
+    table: RwLock<Table>,
+    next_substitute: AtomicU64,
+    /// How many more directories may keep a descriptor.
+    budget: AtomicI64,
+    /// Goes up when a directory moves, and paths below it change.
+    version: AtomicU64,
+}
+
+#[derive(Default)]
+struct Table {
+    by_id: HashMap<u64, Arc<Inode>>,
+    by_identity: HashMap<Identity, u64>,
+}
+
+impl Tree {
+    /// Takes the backing directory, which must be an ordinary descriptor.
+    ///
+    /// # Errors
+    /// When it cannot be examined.
+    pub fn new(backing: File, descriptors: u64) -> io::Result<Tree> {
+        let held = nix::fcntl::openat(&backing, ".", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+        let stat = nix::sys::stat::fstat(&held)?;
+        let mount = Arc::new(backing);
+        let identity = identify(&held, &stat, stat.st_dev);
+        let root = Arc::new(Inode::new(ROOT, identity.clone(), libc::S_IFDIR, mount.clone(), Some(held)));
+        root.lookups.store(1, Relaxed);
+        let tree = Tree {
+            root: root.clone(),
+            mount,
+            table: RwLock::default(),
+            next_substitute: AtomicU64::new(SUBSTITUTES),
+            budget: AtomicI64::new((descriptors / 4) as i64),
+            version: AtomicU64::new(0),
+        };
+        let mut table = tree.table.write();
+        table.by_identity.insert(identity, ROOT);
+        table.by_id.insert(ROOT, root);
+        drop(table);
+        Ok(tree)
+    }
+
+    /// The backing directory itself.
+    pub fn backing(&self) -> &File {
+        &self.mount
+    }
+
+    /// The version that cached paths are of.
+    pub fn version(&self) -> u64 {
+        self.version.load(Acquire)
+    }
+
+    /// Makes all cached paths stale.
+    pub fn directory_moved(&self) {
+        self.version.fetch_add(1, AcqRel);
+    }
+
+    /// # Errors
+    /// `ESTALE` for a node that we do not know.
+    pub fn get(&self, id: u64) -> io::Result<Arc<Inode>> {
+        if id == ROOT {
+            return Ok(self.root.clone());
+        }
+        let table = self.table.read();
+        table.by_id.get(&id).cloned().ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))
+    }
+
+    /// The file under a name, if it is known; takes no reference.
+    pub fn peek(&self, parent: &Inode, name: &OsStr) -> Option<Arc<Inode>> {
+        let (_, identity, _) = self.examine(parent, name).ok()?;
+        let table = self.table.read();
+        table.by_identity.get(&identity).and_then(|id| table.by_id.get(id)).cloned()
+    }
+
+    /// Finds the file under a name and counts one reference of the kernel's.
+    pub fn lookup(&self, parent: &Arc<Inode>, name: &OsStr) -> io::Result<(Arc<Inode>, FileStat)> {
+        let (fd, identity, stat) = self.examine(parent, name)?;
+        let inode = self.enter(identity, &stat, fd);
+        inode.met(parent, name);
+        Ok((inode, stat))
+    }
+
+    fn examine(&self, parent: &Inode, name: &OsStr) -> io::Result<(OwnedFd, Identity, FileStat)> {
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let fd = nix::fcntl::openat(parent.path_fd()?, name, flags, Mode::empty())?;
+        let stat = nix::sys::stat::fstat(&fd)?;
+        let identity = identify(&fd, &stat, self.root.identity.dev);
+        Ok((fd, identity, stat))
+    }
+
+    /// Enters a file, or finds it entered; counts one reference.
+    pub fn enter(&self, identity: Identity, stat: &FileStat, fd: OwnedFd) -> Arc<Inode> {
+        let mut table = self.table.write();
+        if let Some(inode) = table.by_identity.get(&identity).and_then(|id| table.by_id.get(id)) {
+            inode.lookups.fetch_add(1, Relaxed);
+            return inode.clone();
+        }
+        let own = identity.dev == self.root.identity.dev && identity.ino != ROOT && identity.ino < SUBSTITUTES;
+        let id = match own && !table.by_id.contains_key(&identity.ino) {
+            true => identity.ino,
+            false => self.next_substitute.fetch_add(1, Relaxed),
+        };
+        let kind = stat.st_mode & libc::S_IFMT;
+        let held = self.keeps_fd(&identity, kind).then_some(fd);
+        let inode = Arc::new(Inode::new(id, identity.clone(), kind, self.mount.clone(), held));
+        inode.lookups.store(1, Relaxed);
+        table.by_identity.insert(identity, id);
+        table.by_id.insert(id, inode.clone());
+        inode
+    }
+
+    /// Without a handle the descriptor is all we have; directories keep one while there is room, for speed.
+    fn keeps_fd(&self, identity: &Identity, kind: u32) -> bool {
+        identity.handle.is_none() || (kind == libc::S_IFDIR && self.budget.fetch_sub(1, Relaxed) > 0)
+    }
+
+    /// The kernel gives back references. What can still be taken back stays.
+    pub fn forget(&self, id: u64, references: u64) {
+        let mut table = self.table.write();
+        let Some(inode) = table.by_id.get(&id) else { return };
+        let left = inode.lookups.load(Relaxed).saturating_sub(references);
+        inode.lookups.store(left, Relaxed);
+        if left == 0 {
+            self.drop_if_unused(&mut table, id);
+        }
+    }
+
+    /// Drops an inode that only its undo log kept.
+    pub fn settle(&self, id: u64) {
+        self.drop_if_unused(&mut self.table.write(), id);
+    }
+
+    fn drop_if_unused(&self, table: &mut Table, id: u64) {
+        let unused = |inode: &Arc<Inode>| inode.lookups.load(Relaxed) == 0 && !inode.undoable.load(Acquire);
+        if id == ROOT || !table.by_id.get(&id).is_some_and(unused) {
+            return;
+        }
+        if let Some(inode) = table.by_id.remove(&id) {
+            if inode.is_dir() && inode.holds_fd() {
+                self.budget.fetch_add(1, Relaxed);
+            }
+            table.by_identity.remove(&inode.identity);
+        }
+    }
+
+    /// All that is known now.
+    pub fn all(&self) -> Vec<Arc<Inode>> {
+        self.table.read().by_id.values().cloned().collect()
+    }
+}
+
+/// Handles are used on the backing directory's own filesystem only: opening one needs a descriptor on that.
+fn identify(fd: impl AsFd, stat: &FileStat, home: u64) -> Identity {
+    let handle = if stat.st_dev == home { handle::of(fd).ok() } else { None };
+    Identity { dev: stat.st_dev, ino: stat.st_ino, handle }
+}
+
+/// The attributes of an open or `O_PATH` descriptor.
+pub fn stat(fd: impl AsFd) -> io::Result<FileStat> {
+    Ok(nix::sys::stat::fstat(fd)?)
+}
+
+/// The attributes of a name in a directory, itself and not what it points to.
+pub fn stat_at(dir: impl AsFd, name: &OsStr) -> io::Result<FileStat> {
+    Ok(nix::sys::stat::fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)?)
+}

@@ -1,0 +1,109 @@
+//! Threads on which waiting is harmless: for requests that wait for a disk, and for parked ones that go on.
+//!
+//! A thread is started when a job comes and none is idle, up to a limit; it ends when it has been idle for a while. Normal reads and
+//! writes never come here. The hand-over takes the lock of a channel for a moment.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::*};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+/// Hung disks hang threads; beyond this many, jobs wait for one.
+const MOST: usize = 256;
+const IDLE: Duration = Duration::from_secs(10);
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// The pool of one mount.
+pub struct Workers {
+    sender: Sender<Job>,
+    receiver: Receiver<Job>,
+    counts: Arc<Counts>,
+}
+
+#[derive(Default)]
+struct Counts {
+    threads: AtomicUsize,
+    /// Threads that wait for a job, less the jobs that wait for a thread.
+    idle: AtomicUsize,
+}
+
+impl Default for Workers {
+    fn default() -> Self {
+        let (sender, receiver) = unbounded();
+        Workers { sender, receiver, counts: Arc::default() }
+    }
+}
+
+impl Workers {
+    /// Runs a job on some thread, soon. A job that panics takes nothing with it.
+    pub fn run(&self, job: impl FnOnce() + Send + 'static) {
+        // The job claims an idle thread, or one is started for it.
+        let claimed = self.counts.idle.fetch_update(AcqRel, Acquire, |idle| idle.checked_sub(1)).is_ok();
+        if self.sender.send(Box::new(job)).is_err() {
+            unreachable!("we hold a receiver ourselves");
+        }
+        if !claimed && self.counts.threads.load(Acquire) < MOST {
+            self.start();
+        }
+    }
+
+    fn start(&self) {
+        self.counts.threads.fetch_add(1, AcqRel);
+        let (receiver, counts) = (self.receiver.clone(), self.counts.clone());
+        let thread = std::thread::Builder::new().name("worker".into()).spawn(move || work(&receiver, &counts));
+        if let Err(error) = thread {
+            self.counts.threads.fetch_sub(1, AcqRel);
+            tracing::error!(%error, "no thread for a request that has to wait");
+        }
+    }
+}
+
+fn work(receiver: &Receiver<Job>, counts: &Counts) {
+    let run = |job: Job| {
+        // The panic hook has logged it; the dropped reply has answered EIO.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+    };
+    loop {
+        while let Ok(job) = receiver.try_recv() {
+            run(job);
+        }
+        counts.idle.fetch_add(1, AcqRel);
+        match receiver.recv_timeout(IDLE) {
+            Ok(job) => run(job),
+            Err(_) => {
+                // Leaving takes the idle thread out of the count; if a job has claimed it meanwhile, it is coming.
+                if counts.idle.fetch_update(AcqRel, Acquire, |idle| idle.checked_sub(1)).is_ok() {
+                    counts.threads.fetch_sub(1, AcqRel);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_that_hangs_keeps_no_other_waiting() {
+        let workers = Workers::default();
+        let (release, wait) = unbounded::<()>();
+        let (done, seen) = unbounded();
+        for _ in 0..20 {
+            let wait = wait.clone();
+            workers.run(move || drop(wait.recv()));
+        }
+        workers.run(|| panic!("a job that panics"));
+        for n in 0..20 {
+            let done = done.clone();
+            workers.run(move || done.send(n).unwrap());
+        }
+        for _ in 0..20 {
+            seen.recv_timeout(Duration::from_secs(10)).expect("a free thread");
+        }
+        drop(release);
+    }
+}

@@ -1,0 +1,109 @@
+//! Acting as the caller: the filesystem identity, capabilities and umask of the calling thread.
+//!
+//! The raw system calls, because glibc's wrappers change all threads. A reader takes on the caller's identity for one
+//! creating call, so that the backing filesystem decides about owner, group, sgid directories and default ACLs just as
+//! it would have without us.
+
+use std::io;
+use std::sync::OnceLock;
+
+use super::check;
+
+const VERSION_3: u32 = 0x2008_0522;
+
+#[repr(C)]
+struct CapHeader {
+    version: u32,
+    pid: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+fn capabilities() -> io::Result<[CapData; 2]> {
+    let mut header = CapHeader { version: VERSION_3, pid: 0 };
+    let mut data = [CapData::default(); 2];
+    // SAFETY: version 3 writes exactly two `CapData`; both pointers live for the call.
+    check(unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) })?;
+    Ok(data)
+}
+
+fn set_capabilities(data: &[CapData; 2]) -> io::Result<()> {
+    let mut header = CapHeader { version: VERSION_3, pid: 0 };
+    // SAFETY: version 3 reads exactly two `CapData`; both pointers live for the call.
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) }).map(drop)
+}
+
+/// The capabilities of this process at its start; they do not change.
+fn own_capabilities() -> Option<&'static [CapData; 2]> {
+    static OWN: OnceLock<Option<[CapData; 2]>> = OnceLock::new();
+    OWN.get_or_init(|| capabilities().ok()).as_ref()
+}
+
+fn set_fsuid(uid: u32) {
+    // SAFETY: takes and gives plain numbers; acts on this thread only.
+    unsafe { libc::syscall(libc::SYS_setfsuid, uid) };
+}
+
+fn set_fsgid(gid: u32) {
+    // SAFETY: takes and gives plain numbers; acts on this thread only.
+    unsafe { libc::syscall(libc::SYS_setfsgid, gid) };
+}
+
+/// May this process take on identities at all?
+pub fn can_impersonate() -> bool {
+    const SETGID: u32 = 1 << 6;
+    const SETUID: u32 = 1 << 7;
+    own_capabilities().is_some_and(|caps| caps[0].effective & (SETUID | SETGID) == SETUID | SETGID)
+}
+
+/// Runs `act` with the caller's filesystem identity on this thread, but with our capabilities: whether the caller may
+/// do it was decided by the kernel (`default_permissions`), with the caller's groups.
+pub fn as_caller<T>(uid: u32, gid: u32, act: impl FnOnce() -> T) -> T {
+    if (uid, gid) == (0, 0) || !can_impersonate() {
+        return act();
+    }
+    let _back = Back;
+    set_fsgid(gid);
+    set_fsuid(uid);
+    // Changing fsuid away from 0 takes the filesystem capabilities out of the effective set.
+    if let Some(caps) = own_capabilities() {
+        let _ = set_capabilities(caps);
+    }
+    act()
+}
+
+/// Takes the thread back, also when `act` panics.
+struct Back;
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        set_fsuid(0);
+        set_fsgid(0);
+        if let Some(caps) = own_capabilities() {
+            let _ = set_capabilities(caps);
+        }
+    }
+}
+
+/// Sets the umask of this thread alone, and runs `act`.
+///
+/// The umask belongs to the `fs_struct` that threads share; a thread that comes here first gets one of its own.
+pub fn with_umask<T>(umask: u32, act: impl FnOnce() -> T) -> T {
+    thread_local! {
+        static OWN_FS: bool = nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).is_ok();
+    }
+    if !OWN_FS.with(|own| *own) {
+        return act();
+    }
+    let mode = |bits| nix::sys::stat::Mode::from_bits_truncate(bits);
+    nix::sys::stat::umask(mode(umask));
+    let result = act();
+    nix::sys::stat::umask(mode(0));
+    result
+}

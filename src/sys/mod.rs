@@ -1,0 +1,23 @@
+//! Linux interfaces that nix does not wrap, one a file. The only place with `unsafe`.
+//!
+//! Each function is one or two system calls with an owned or borrowed descriptor; it allocates only for its result,
+//! takes no lock, and can be called from any thread (those of [`ids`] act on the calling thread alone).
+
+#![allow(unsafe_code)]
+
+pub mod dents;
+pub mod fiemap;
+pub mod handle;
+pub mod ids;
+pub mod ioctl;
+pub mod xattr;
+
+use std::io;
+
+/// The result of a call that answers -1 with errno set.
+fn check(result: impl TryInto<i64>) -> io::Result<i64> {
+    match result.try_into() {
+        Ok(-1) | Err(_) => Err(io::Error::last_os_error()),
+        Ok(value) => Ok(value),
+    }
+}
