@@ -37,7 +37,11 @@ impl Mount {
         if self.filesystem != FILESYSTEM_TYPE {
             return None;
         }
-        Some(self.source.strip_prefix("nemesisfs:").unwrap_or(&self.source))
+        Some(
+            self.source
+                .strip_prefix("nemesisfs:")
+                .unwrap_or(&self.source),
+        )
     }
 }
 
@@ -48,7 +52,10 @@ pub fn all() -> io::Result<Vec<Mount>> {
 
 /// The uppermost mount at a place.
 pub fn at(path: &Path) -> io::Result<Option<Mount>> {
-    Ok(all()?.into_iter().rev().find(|mount| same_place(&mount.mountpoint, path)))
+    Ok(all()?
+        .into_iter()
+        .rev()
+        .find(|mount| same_place(&mount.mountpoint, path)))
 }
 
 fn parse(table: &str) -> Vec<Mount> {
@@ -71,12 +78,19 @@ fn parse_line(line: &str) -> Option<Mount> {
 
 /// The kernel writes space, tab, newline and backslash as three octal digits.
 fn unescape(word: &str) -> String {
-    word.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+    word.replace("\\040", " ")
+        .replace("\\011", "\t")
+        .replace("\\012", "\n")
+        .replace("\\134", "\\")
 }
 
 /// Unmounts by the system call, or by fusermount3 where the call is not allowed to this user.
 pub fn unmount(mountpoint: &Path, detach: bool) -> Result<(), Errno> {
-    let how = if detach { MntFlags::MNT_DETACH } else { MntFlags::empty() };
+    let how = if detach {
+        MntFlags::MNT_DETACH
+    } else {
+        MntFlags::empty()
+    };
     match nix::mount::umount2(mountpoint, how | MntFlags::UMOUNT_NOFOLLOW) {
         Err(Errno::EPERM) => fusermount(mountpoint, detach),
         // It is what was wanted: somebody else was faster.
@@ -91,8 +105,13 @@ fn still_there(mountpoint: &Path) -> bool {
 
 fn fusermount(mountpoint: &Path, detach: bool) -> Result<(), Errno> {
     let how = if detach { "-uz" } else { "-u" };
-    let status =
-        Command::new("fusermount3").arg(how).arg("--").arg(mountpoint).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let status = Command::new("fusermount3")
+        .arg(how)
+        .arg("--")
+        .arg(mountpoint)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
     match status {
         Ok(status) if status.success() => Ok(()),
         _ => Err(Errno::EPERM),
@@ -107,15 +126,26 @@ pub fn is_disconnected(mountpoint: &Path) -> bool {
     std::thread::spawn(move || {
         let _ = answer.send(nix::sys::stat::lstat(&path).err());
     });
-    matches!(asked.recv_timeout(Duration::from_secs(2)), Ok(Some(Errno::ENOTCONN)))
+    matches!(
+        asked.recv_timeout(Duration::from_secs(2)),
+        Ok(Some(Errno::ENOTCONN))
+    )
 }
 
 /// Cuts the connection of a mount, whatever its daemon is doing: every request on it fails from then on.
 pub fn abort(mount: &Mount) -> io::Result<()> {
-    let abort = Path::new(FUSECTL).join(mount.minor.to_string()).join("abort");
+    let abort = Path::new(FUSECTL)
+        .join(mount.minor.to_string())
+        .join("abort");
     if !abort.exists() {
         let nothing: Option<&str> = None;
-        nix::mount::mount(Some("fusectl"), FUSECTL, Some("fusectl"), MsFlags::empty(), nothing)?;
+        nix::mount::mount(
+            Some("fusectl"),
+            FUSECTL,
+            Some("fusectl"),
+            MsFlags::empty(),
+            nothing,
+        )?;
     }
     fs::write(abort, "1")
 }
@@ -133,7 +163,10 @@ mod tests {
     #[test]
     fn a_mount_of_ours_is_known_by_its_type_and_names_its_instance() {
         let mounts = parse(TABLE);
-        assert_eq!(mounts.iter().map(Mount::instance).collect::<Vec<_>>(), [None, Some("n1"), None]);
+        assert_eq!(
+            mounts.iter().map(Mount::instance).collect::<Vec<_>>(),
+            [None, Some("n1"), None]
+        );
         assert_eq!(mounts[1].mountpoint, Path::new("/mnt/with space"));
         assert_eq!(mounts[1].minor, 57);
     }
