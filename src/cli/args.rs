@@ -79,8 +79,12 @@ pub fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// A word as a shell reads it.
+/// A word as a shell reads it. Commas and percent signs need no quotes, which would only make it harder to read.
 pub fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,%=+@".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
     shlex::try_quote(word).map_or_else(|_| word.to_owned(), |quoted| quoted.into_owned())
 }
 

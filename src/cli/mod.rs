@@ -81,13 +81,15 @@ enum Verb {
 
 /// The program.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit::USAGE));
         }
     };
+    // An environment variable that is set to nothing chooses nothing.
+    cli.globals.host.retain(|word| !word.is_empty());
     let Globals { json, quiet, .. } = cli.globals;
     let console = Console::new(Box::new(io::stdout()), Box::new(io::stderr()), json, quiet);
     ExitCode::from(run(&cli, &instances::run_dir(), &console))

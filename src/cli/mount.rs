@@ -114,7 +114,7 @@ pub struct Report {
 enum Voice {
     /// The pipe to the parent.
     Parent(File),
-    #[allow(dead_code)] // PLACEHOLDER: until `serve` calls the daemon.
+    #[cfg_attr(not(test), allow(dead_code))] // PLACEHOLDER: until `serve` calls the daemon.
     /// The terminal of `--foreground`, with its standard error as it was before the log took its place.
     Terminal { quiet: bool, errors: Option<File> },
 }
@@ -133,7 +133,7 @@ impl Report {
             .take()
     }
 
-    #[allow(dead_code)] // PLACEHOLDER: until `serve` calls the daemon.
+    #[cfg_attr(not(test), allow(dead_code))] // PLACEHOLDER: until `serve` calls the daemon.
     /// The mountpoint and the socket answer. `line` is the stable line of the contract.
     pub fn ready(&self, line: &str) {
         let line = line.trim_end();
@@ -198,6 +198,7 @@ fn errors_into(log: &Path) -> io::Result<File> {
 }
 
 fn child(world: &World, args: &MountArgs, fd: i32) -> Result<u8, ClientError> {
+    close_what_was_inherited(fd);
     // Opening the pipe anew makes it a file of ours that no program we start inherits.
     let pipe = OpenOptions::new()
         .write(true)
@@ -214,6 +215,22 @@ fn child(world: &World, args: &MountArgs, fd: i32) -> Result<u8, ClientError> {
             let hint = error.problem.get("hint").and_then(Value::as_str);
             Ok(report.failed(error.exit, error.detail(), hint))
         }
+    }
+}
+
+/// Whatever else the parent's parent had open (a test runner's own pipe, say) would otherwise stay open as long as the
+/// daemon lives, and somebody would wait for its end. Nothing of this process's own is open yet.
+fn close_what_was_inherited(ready_fd: i32) {
+    let Ok(open) = fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let numbers: Vec<i32> = open
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    for fd in numbers.into_iter().filter(|fd| *fd > 2 && *fd != ready_fd) {
+        // That of the listing itself is among them, and closed already.
+        let _ = nix::unistd::close(fd);
     }
 }
 
@@ -603,6 +620,21 @@ mod tests {
         assert_eq!(
             as_document(line),
             json!({"instance": "n1", "mount": "/mnt/a b", "socket": "/r/n1.sock", "pid": 12, "log": "/r/n1.log"})
+        );
+    }
+
+    #[test]
+    fn the_child_says_one_thing_and_closes_the_pipe() {
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        let report = Report::new(Voice::Parent(writer.into()));
+        report.ready("ready instance=n1\n");
+        assert_eq!(hear(reader).as_deref(), Some("exit 0\nready instance=n1\n"));
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        let report = Report::new(Voice::Parent(writer.into()));
+        assert_eq!(report.failed(5, "no FUSE here", Some("modprobe fuse")), 5);
+        assert_eq!(
+            hear(reader).as_deref(),
+            Some("exit 5\nerror: no FUSE here\nhint: modprobe fuse\n")
         );
     }
 
