@@ -1,1 +1,5 @@
-fn main() {}
+//! The `nemesisfs` program. All it does is in the library; see `cli` for the command line.
+
+fn main() -> std::process::ExitCode {
+    nemesisfs::cli::main()
+}

@@ -1,1 +1,128 @@
+//! The command line: what the arguments mean, and which file does it. One file for each group of verbs.
+//!
+//! A command speaks to daemons by their sockets only (`crate::client`); `mount` alone becomes one. Nothing here touches
+//! a mount. Words of the API are passed on as they are: the server checks them, and its hints are better.
+//!
+//! Thread: the main one, and one for each host that a command is for. Locks: those of the console. Must never: panic on
+//! what the user typed, what a daemon answered, or a closed pipe.
 
+mod args;
+mod console;
+mod events;
+mod inspect;
+mod list;
+mod mode;
+mod mount;
+mod rule;
+mod rule_text;
+mod session;
+mod space;
+mod table;
+mod umount;
+
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::client::{exit, instances};
+
+use args::Globals;
+use console::Console;
+use session::{World, on_each};
+
+/// A disk that misbehaves on command, and says exactly what it did.
+#[derive(Debug, Parser)]
+#[command(name = "nemesisfs", version, max_term_width = 100, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    #[command(flatten)]
+    globals: Globals,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 refused or failed, 2 usage, 3 no instance answers, 4 no such thing, \
+5 not supported on this host, 124 time ran out";
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Mount a directory, seen through the filesystem, and start its instance
+    Mount(mount::MountArgs),
+    /// Unmount and end an instance; not mounted is no error
+    Umount(umount::UmountArgs),
+    /// The instances on this host and their state
+    List,
+    /// One word for the whole mount
+    Mode(mode::ModeArgs),
+    /// Rules: where, when and what goes wrong
+    #[command(subcommand)]
+    Rule(rule::RuleCommand),
+    /// What was done to whom
+    Events(events::EventsArgs),
+    /// Back to a disk that does nothing: no rules, no mode, no capacity, nothing held
+    Reset,
+    /// How full the disk seems
+    #[command(subcommand)]
+    Space(space::SpaceCommand),
+    /// Let readers see what a lying disk has really kept
+    Evict {
+        /// Of these paths only
+        #[arg(value_name = "PATH")]
+        path: Option<String>,
+    },
+    /// The live state
+    #[command(subcommand)]
+    Inspect(inspect::InspectCommand),
+    /// Completions for a shell
+    Completions { shell: Shell },
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let mut cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit::USAGE));
+        }
+    };
+    // An environment variable that is set to nothing chooses nothing.
+    cli.globals.host.retain(|word| !word.is_empty());
+    let Globals { json, quiet, .. } = cli.globals;
+    let console = Console::new(Box::new(io::stdout()), Box::new(io::stderr()), json, quiet);
+    ExitCode::from(run(&cli, &instances::run_dir(), &console))
+}
+
+fn run(cli: &Cli, run_dir: &Path, console: &Console) -> u8 {
+    let world = World {
+        globals: &cli.globals,
+        run_dir,
+        console,
+    };
+    match &cli.verb {
+        Verb::Mount(args) => mount::run(&world, args),
+        Verb::Umount(args) => umount::run(&world, args),
+        Verb::List => list::run(&world),
+        Verb::Mode(args) => mode::run(&world, args),
+        Verb::Rule(command) => rule::run(&world, command),
+        Verb::Events(args) => events::run(&world, args),
+        Verb::Reset => on_each(&world, &rule::reset),
+        Verb::Space(command) => space::run(&world, command),
+        Verb::Evict { path } => on_each(&world, &|session| space::evict(session, path.as_deref())),
+        Verb::Inspect(command) => inspect::run(&world, command),
+        Verb::Completions { shell } => completions(*shell, console),
+    }
+}
+
+/// The generator panics on a stream that closes, so it writes to memory.
+fn completions(shell: Shell, console: &Console) -> u8 {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "nemesisfs", &mut script);
+    let _ = console.line(String::from_utf8_lossy(&script).trim_end());
+    exit::DONE
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,654 @@
+//! `rule`: arm, look at, change, remove and await rules. The words of a rule are the server's to check; here they only
+//! get their place in the document.
+//!
+//! Thread: one for each host. Locks: none. Must never: keep a list of valid words, which would be a second truth.
+
+use std::io::Read;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use serde_json::{Map, Value, json};
+
+use crate::client::{ClientError, Reply, exit, segment, with_query};
+
+use super::args::{Span, pair, probability, quoted};
+use super::console::Outcome;
+use super::rule_text::{command, definition, sentence};
+use super::session::{Session, World, changed, on_each, shown};
+use super::{events, table};
+
+#[derive(Debug, Subcommand)]
+pub enum RuleCommand {
+    /// Arm a rule, or replace the one of this name
+    Add(Box<AddArgs>),
+    /// All rules in their order, with their counters
+    List,
+    /// One rule
+    Show { name: String },
+    /// Remove a rule; one that is not there is no error
+    Rm { name: String },
+    /// Let a disabled rule act again
+    Enable { name: String },
+    /// Keep a rule from acting, without losing its place
+    Disable { name: String },
+    /// Replace all rules by those of a file (TOML or JSON; - is standard input)
+    Apply { file: String },
+    /// Remove all rules
+    Clear,
+    /// Wait until a rule has fired: 0 it has, 124 not in time, 4 there is no such rule
+    Wait(WaitArgs),
+    /// Let requests that a rule has stalled go on
+    Release {
+        name: String,
+        /// At most so many, the oldest first
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct AddArgs {
+    name: String,
+    #[command(flatten)]
+    fault: FaultArgs,
+    #[command(flatten)]
+    place: MatchArgs,
+    #[command(flatten)]
+    trigger: TriggerArgs,
+    /// Make it, but do not let it act yet
+    #[arg(long)]
+    disabled: bool,
+    /// `rule check` fails while it has not fired
+    #[arg(long)]
+    required: bool,
+    /// A word of your own, copied into each event. Repeatable
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+    labels: Vec<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "What happens")]
+struct FaultArgs {
+    /// error, drop, latency, stall …
+    #[arg(long)]
+    kind: String,
+    /// The error, by name
+    #[arg(long, value_name = "NAME")]
+    errno: Option<String>,
+    /// Whether the operation is done all the same: before or after
+    #[arg(long, value_name = "WHEN")]
+    timing: Option<String>,
+    /// How much longer it takes
+    #[arg(long, value_name = "DURATION")]
+    delay: Option<Span>,
+    /// By how much the delay varies
+    #[arg(long, value_name = "DURATION")]
+    jitter: Option<Span>,
+    /// How the delay varies: fixed, uniform, normal, exponential
+    #[arg(long, value_name = "WORD")]
+    distribution: Option<String>,
+    /// What follows: ok or error
+    #[arg(long, value_name = "WORD")]
+    then: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Where")]
+struct MatchArgs {
+    /// Operations and groups of them: write, fsync, data, metadata, grow … Repeatable, or separated by commas
+    #[arg(long = "op", value_name = "OP", value_delimiter = ',')]
+    ops: Vec<String>,
+    /// Path as seen under the mountpoint, with a leading slash
+    #[arg(long, value_name = "GLOB")]
+    path: Option<String>,
+    /// The same as a regular expression
+    #[arg(long, value_name = "REGEX")]
+    path_regex: Option<String>,
+    /// Process that calls
+    #[arg(long, value_name = "PID")]
+    pid: Option<u32>,
+    /// Process that calls, or any below it
+    #[arg(long, value_name = "PID")]
+    tree: Option<u32>,
+    /// Name of the program that calls
+    #[arg(long, value_name = "NAME")]
+    comm: Option<String>,
+    /// User that calls
+    #[arg(long, value_name = "UID")]
+    uid: Option<u32>,
+    /// Group that calls
+    #[arg(long, value_name = "GID")]
+    gid: Option<u32>,
+    /// Bytes that the request touches, half-open: 0..1MiB
+    #[arg(long, value_name = "A..B")]
+    offset: Option<String>,
+    /// Length of the request, half-open
+    #[arg(long, value_name = "A..B")]
+    length: Option<String>,
+    /// Direct requests only, or none of them
+    #[arg(long, value_name = "true|false")]
+    direct: Option<bool>,
+    /// Type of the file
+    #[arg(long = "type", value_name = "TYPE")]
+    kind_of_file: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "When")]
+struct TriggerArgs {
+    /// Of each match, 0 to 1
+    #[arg(long, value_name = "P", value_parser = probability)]
+    probability: Option<f64>,
+    /// Let the first N matches pass
+    #[arg(long, value_name = "N")]
+    skip: Option<u64>,
+    /// Then fire on each N-th
+    #[arg(long, value_name = "N")]
+    every: Option<u64>,
+    /// Fire at most N times
+    #[arg(long, value_name = "N")]
+    times: Option<u64>,
+    /// Count for each mount, file or process
+    #[arg(long, value_name = "WHAT")]
+    per: Option<String>,
+    /// Not before this long after arming
+    #[arg(long, value_name = "DURATION")]
+    after: Option<Span>,
+    /// Not before so much was written
+    #[arg(long, value_name = "SIZE")]
+    after_bytes: Option<String>,
+    /// Not before this rule has fired
+    #[arg(long, value_name = "NAME")]
+    after_rule: Option<String>,
+    /// Lifetime of the rule
+    #[arg(long = "for", value_name = "DURATION")]
+    lifetime: Option<Span>,
+    /// Of a rule that comes and goes: how long it is away
+    #[arg(long, value_name = "DURATION")]
+    up: Option<Span>,
+    /// Of a rule that comes and goes: how long it acts
+    #[arg(long, value_name = "DURATION")]
+    down: Option<Span>,
+    /// Of the draws behind the probability
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub struct WaitArgs {
+    name: String,
+    /// How many times it must have fired
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    injections: u64,
+    /// Count from this cursor, which any reply to a change has told, and not from the arming of the rule
+    #[arg(long, value_name = "CURSOR")]
+    since: Option<String>,
+    /// How long to wait
+    #[arg(long = "for", value_name = "DURATION", default_value = "30s")]
+    limit: Span,
+}
+
+pub fn run(world: &World, command: &RuleCommand) -> u8 {
+    match command {
+        RuleCommand::Add(args) => {
+            let spec = args.spec();
+            on_each(world, &|session| add(session, &args.name, &spec))
+        }
+        RuleCommand::List => on_each(world, &list),
+        RuleCommand::Show { name } => on_each(world, &|session| show(session, name)),
+        RuleCommand::Rm { name } => on_each(world, &|session| remove(session, name)),
+        RuleCommand::Enable { name } => on_each(world, &|session| switch(session, name, true)),
+        RuleCommand::Disable { name } => on_each(world, &|session| switch(session, name, false)),
+        RuleCommand::Apply { file } => match load(file) {
+            Ok(set) => on_each(world, &|session| apply(session, &set)),
+            Err(error) => world.console.error(&error),
+        },
+        RuleCommand::Clear => on_each(world, &clear),
+        RuleCommand::Wait(args) => on_each(world, &|session| wait(session, args)),
+        RuleCommand::Release { name, count } => {
+            on_each(world, &|session| release(session, name, *count))
+        }
+    }
+}
+
+impl AddArgs {
+    fn spec(&self) -> Value {
+        let mut spec = Map::new();
+        spec.insert("name".into(), json!(self.name));
+        spec.insert("enabled".into(), json!(!self.disabled));
+        if self.required {
+            spec.insert("required".into(), json!(true));
+        }
+        spec.insert("match".into(), self.place.document());
+        spec.insert("trigger".into(), self.trigger.document());
+        spec.insert("fault".into(), self.fault.document());
+        if !self.labels.is_empty() {
+            let labels: Map<String, Value> = self
+                .labels
+                .iter()
+                .map(|(k, v)| (k.clone(), json!(v)))
+                .collect();
+            spec.insert("labels".into(), Value::Object(labels));
+        }
+        Value::Object(spec)
+    }
+}
+
+fn text(span: &Option<Span>) -> Option<&str> {
+    span.as_ref().map(|span| span.text.as_str())
+}
+
+/// A document of the fields that were given.
+fn given(fields: Vec<(&str, Value)>) -> Value {
+    let set = fields.into_iter().filter(|(_, value)| !value.is_null());
+    Value::Object(set.map(|(name, value)| (name.to_owned(), value)).collect())
+}
+
+impl FaultArgs {
+    fn document(&self) -> Value {
+        given(vec![
+            ("kind", json!(self.kind)),
+            ("errno", json!(self.errno)),
+            ("timing", json!(self.timing)),
+            ("delay", json!(text(&self.delay))),
+            ("jitter", json!(text(&self.jitter))),
+            ("distribution", json!(self.distribution)),
+            ("then", json!(self.then)),
+        ])
+    }
+}
+
+impl MatchArgs {
+    fn document(&self) -> Value {
+        let ops = if self.ops.is_empty() {
+            Value::Null
+        } else {
+            json!(self.ops)
+        };
+        given(vec![
+            ("ops", ops),
+            ("path", json!(self.path)),
+            ("path_regex", json!(self.path_regex)),
+            ("pid", json!(self.pid)),
+            ("tree", json!(self.tree)),
+            ("comm", json!(self.comm)),
+            ("uid", json!(self.uid)),
+            ("gid", json!(self.gid)),
+            ("offset", json!(self.offset)),
+            ("length", json!(self.length)),
+            ("direct", json!(self.direct)),
+            ("type", json!(self.kind_of_file)),
+        ])
+    }
+}
+
+impl TriggerArgs {
+    fn document(&self) -> Value {
+        given(vec![
+            ("probability", json!(self.probability)),
+            ("skip", json!(self.skip)),
+            ("every", json!(self.every)),
+            ("times", json!(self.times)),
+            ("per", json!(self.per)),
+            ("after", json!(text(&self.after))),
+            ("after_bytes", json!(self.after_bytes)),
+            ("after_rule", json!(self.after_rule)),
+            ("for", json!(text(&self.lifetime))),
+            ("up", json!(text(&self.up))),
+            ("down", json!(text(&self.down))),
+            ("seed", json!(self.seed)),
+        ])
+    }
+}
+
+fn path_of(name: &str) -> String {
+    format!("/v1/rules/{}", segment(name))
+}
+
+/// The rule of this name as it is now, if somebody will read how to get it back.
+fn before(session: &Session, name: &str) -> Result<Option<Value>, ClientError> {
+    if !session.explains() {
+        return Ok(None);
+    }
+    match session.client.get(&path_of(name)) {
+        Ok(reply) => Ok(Some(reply.body)),
+        Err(error) if error.exit == exit::NO_SUCH_THING => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn add(session: &Session, name: &str, spec: &Value) -> Result<Outcome, ClientError> {
+    let old = before(session, name)?;
+    let reply = session.client.put(&path_of(name), spec)?;
+    let state = reply
+        .body
+        .get("state")
+        .and_then(Value::as_str)
+        .unwrap_or("armed");
+    let what = format!("rule {name} {state}: {}", sentence(&reply.body));
+    let undo = match old.as_ref().and_then(command) {
+        Some(words) => session.undo(&words),
+        None => session.undo(&format!("rule rm {}", quoted(name))),
+    };
+    Ok(changed(reply, what, vec![undo]))
+}
+
+fn rules(body: &Value) -> &[Value] {
+    body.get("rules")
+        .and_then(Value::as_array)
+        .map_or(&[], Vec::as_slice)
+}
+
+fn field(rule: &Value, name: &str) -> String {
+    match rule.get(name) {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Null) | None => String::new(),
+        Some(other) => other.to_string(),
+    }
+}
+
+fn list(session: &Session) -> Result<Outcome, ClientError> {
+    let reply = session.client.get("/v1/rules")?;
+    let rows: Vec<Vec<String>> = rules(&reply.body)
+        .iter()
+        .map(|rule| {
+            let mut row: Vec<String> = ["name", "state", "matches", "injections"]
+                .map(|name| field(rule, name))
+                .into();
+            row.push(sentence(rule));
+            row
+        })
+        .collect();
+    let lines = match rows.as_slice() {
+        [] => vec!["no rules".to_owned()],
+        rows => table::lines(&["NAME", "STATE", "MATCHES", "INJECTIONS", "WHAT"], rows),
+    };
+    Ok(shown(reply, lines))
+}
+
+fn show(session: &Session, name: &str) -> Result<Outcome, ClientError> {
+    let reply = session.client.get(&path_of(name))?;
+    let rule = &reply.body;
+    let mut lines = vec![format!(
+        "rule {name} {}: {}",
+        field(rule, "state"),
+        sentence(rule)
+    )];
+    lines.push(format!(
+        "matches {}, injections {}",
+        field(rule, "matches"),
+        field(rule, "injections")
+    ));
+    lines.push(format!("created {}", field(rule, "created")));
+    lines.extend(command(rule).map(|words| format!("made by: {}", session.command(&words))));
+    Ok(shown(reply, lines))
+}
+
+fn remove(session: &Session, name: &str) -> Result<Outcome, ClientError> {
+    let old = before(session, name)?;
+    let reply = match session.client.delete(&path_of(name)) {
+        // Removing what is not there is done already.
+        Err(error) if error.code() == "not_found" => Reply {
+            status: 204,
+            body: Value::Null,
+        },
+        other => other?,
+    };
+    let what = match &old {
+        Some(_) => format!("rule {name} removed"),
+        None => format!("rule {name}: not there, nothing to remove"),
+    };
+    let undo = old.as_ref().map(|rule| undo_of(session, rule));
+    Ok(changed(reply, what, undo.into_iter().collect()))
+}
+
+/// How to get a rule back that is gone.
+fn undo_of(session: &Session, rule: &Value) -> String {
+    match (command(rule), rule.as_object()) {
+        (Some(words), _) => session.undo(&words),
+        (None, Some(fields)) => format!(
+            "undo: PUT {} {}",
+            path_of(&field(rule, "name")),
+            definition(fields)
+        ),
+        (None, None) => "undo: none".to_owned(),
+    }
+}
+
+fn switch(session: &Session, name: &str, enabled: bool) -> Result<Outcome, ClientError> {
+    let reply = session
+        .client
+        .patch(&path_of(name), &json!({"enabled": enabled}))?;
+    let (done, back) = if enabled {
+        ("enabled", "disable")
+    } else {
+        ("disabled", "enable")
+    };
+    let what = format!("rule {name} {done}: {}", sentence(&reply.body));
+    Ok(changed(
+        reply,
+        what,
+        vec![session.undo(&format!("rule {back} {}", quoted(name)))],
+    ))
+}
+
+/// All rules as they are now, if somebody will read how to get them back.
+fn all_before(session: &Session) -> Result<Vec<Value>, ClientError> {
+    if !session.explains() {
+        return Ok(Vec::new());
+    }
+    Ok(rules(&session.client.get("/v1/rules")?.body).to_vec())
+}
+
+fn apply(session: &Session, set: &Value) -> Result<Outcome, ClientError> {
+    let old = all_before(session)?;
+    let reply = session.client.put("/v1/rules", set)?;
+    let mut what: Vec<String> = vec![format!(
+        "{} rules in force, in this order",
+        rules(&reply.body).len()
+    )];
+    what.extend(rules(&reply.body).iter().map(|rule| {
+        format!(
+            "  rule {} {}: {}",
+            field(rule, "name"),
+            field(rule, "state"),
+            sentence(rule)
+        )
+    }));
+    let mut undo = vec![session.undo("rule clear")];
+    undo.extend(old.iter().map(|rule| undo_of(session, rule)));
+    Ok(changed(reply, what.join("\n"), undo))
+}
+
+fn clear(session: &Session) -> Result<Outcome, ClientError> {
+    let old = all_before(session)?;
+    let reply = session.client.delete("/v1/rules")?;
+    let what = match names(&reply.body, "removed") {
+        names if names.is_empty() => "no rules, nothing to remove".to_owned(),
+        names => format!("removed: {names}"),
+    };
+    Ok(changed(
+        reply,
+        what,
+        old.iter().map(|rule| undo_of(session, rule)).collect(),
+    ))
+}
+
+/// `reset` lives here because what it takes away and may have to bring back are rules.
+pub fn reset(session: &Session) -> Result<Outcome, ClientError> {
+    let old = all_before(session)?;
+    let reply = session.client.post("/v1/reset", &json!({}))?;
+    let removed = match names(&reply.body, "removed") {
+        names if names.is_empty() => "no rules to remove".to_owned(),
+        names => format!("rules removed: {names}"),
+    };
+    let mode = field(&reply.body, "mode");
+    let released = reply
+        .body
+        .get("released")
+        .and_then(Value::as_u64)
+        .unwrap_or_default();
+    let what =
+        format!("reset: {removed}; mode {mode}; capacity off; {released} parked requests went on");
+    let bring_back = old
+        .iter()
+        .filter(|rule| !matches!(field(rule, "name").as_str(), "mode" | "space"));
+    Ok(changed(
+        reply,
+        what,
+        bring_back.map(|rule| undo_of(session, rule)).collect(),
+    ))
+}
+
+fn names(body: &Value, key: &str) -> String {
+    let names = body
+        .get(key)
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str);
+    names.collect::<Vec<_>>().join(", ")
+}
+
+fn wait(session: &Session, args: &WaitArgs) -> Result<Outcome, ClientError> {
+    let path = with_query(
+        &format!("{}/wait", path_of(&args.name)),
+        [
+            ("injections", Some(args.injections.to_string())),
+            ("since", args.since.clone()),
+            ("for", Some(args.limit.text.clone())),
+        ],
+    );
+    // The daemon keeps the time; this side only gives up on a daemon that has stopped keeping it.
+    let client = session.patient(Some(
+        args.limit.length.saturating_add(Duration::from_secs(10)),
+    ))?;
+    let reply = client.get(&path)?;
+    let body = &reply.body;
+    if body.get("fired").and_then(Value::as_bool) == Some(true) {
+        let lines = body
+            .get("event")
+            .filter(|event| event.is_object())
+            .map(events::line);
+        return Ok(shown(reply.clone(), lines.into_iter().collect()));
+    }
+    let complaint = format!(
+        "error: rule {} has not fired {} within {}: {} matches, state {}",
+        args.name,
+        if args.injections == 1 {
+            "once".to_owned()
+        } else {
+            format!("{} times", args.injections)
+        },
+        args.limit.text,
+        body.get("matches")
+            .and_then(Value::as_u64)
+            .unwrap_or_default(),
+        field(body, "state"),
+    );
+    Ok(Outcome {
+        complaints: vec![complaint],
+        exit: exit::TIMED_OUT,
+        ..shown(reply, Vec::new())
+    })
+}
+
+fn release(session: &Session, name: &str, count: Option<u64>) -> Result<Outcome, ClientError> {
+    let reply = session.client.post(
+        &format!("{}/release", path_of(name)),
+        &given(vec![("count", json!(count))]),
+    )?;
+    let released = reply
+        .body
+        .get("released")
+        .and_then(Value::as_u64)
+        .unwrap_or_default();
+    let what = format!("{released} requests go on; rule {name} is as before");
+    Ok(changed(
+        reply,
+        what,
+        vec![format!(
+            "undo: none; to stall no more: {}",
+            session.command(&format!("rule rm {}", quoted(name)))
+        )],
+    ))
+}
+
+/// A rule set from a file: `[[rules]]` or a single rule in TOML, the same in JSON, or what `rule list --json` printed.
+pub fn load(file: &str) -> Result<Value, ClientError> {
+    let mut text = String::new();
+    let read = match file {
+        "-" => std::io::stdin().read_to_string(&mut text),
+        file => std::fs::File::open(file).and_then(|mut open| open.read_to_string(&mut text)),
+    };
+    read.map_err(|error| ClientError::failed(format!("{file}: {error}")))?;
+    parse(&text).map_err(|error| ClientError::failed(format!("{file}: {error}")))
+}
+
+fn parse(text: &str) -> Result<Value, String> {
+    let document: Value =
+        if text.trim_start().starts_with(['{', '[']) && !text.trim_start().starts_with("[[") {
+            // A table header of TOML begins like a list of JSON, and what fails as the one may be the other.
+            serde_json::from_str(text)
+                .or_else(|error| toml::from_str(text).map_err(|_| error.to_string()))?
+        } else {
+            toml::from_str(text).map_err(|error| error.to_string())?
+        };
+    Ok(as_set(document))
+}
+
+fn as_set(document: Value) -> Value {
+    match document {
+        Value::Array(rules) => json!({"rules": rules.iter().map(stripped).collect::<Vec<_>>()}),
+        Value::Object(fields) if fields.contains_key("rules") => {
+            let mut fields = fields;
+            fields.remove("cursor");
+            fields.remove("pending");
+            if let Some(Value::Array(rules)) = fields.get_mut("rules") {
+                *rules = rules.iter().map(stripped).collect();
+            }
+            Value::Object(fields)
+        }
+        Value::Object(fields) if fields.is_empty() => json!({"rules": []}),
+        rule => json!({"rules": [stripped(&rule)]}),
+    }
+}
+
+fn stripped(rule: &Value) -> Value {
+    rule.as_object().map_or_else(|| rule.clone(), definition)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_are_read_from_toml_and_json_one_or_many() {
+        let rule = json!({"name": "a", "fault": {"kind": "drop"}});
+        let set = json!({"rules": [rule]});
+        for text in [
+            "[[rules]]\nname = \"a\"\nfault = { kind = \"drop\" }\n",
+            "name = \"a\"\n[fault]\nkind = \"drop\"\n",
+            "  {\"rules\":[{\"name\":\"a\",\"fault\":{\"kind\":\"drop\"}}]}",
+            "{\"name\":\"a\",\"fault\":{\"kind\":\"drop\"}}",
+            "[{\"name\":\"a\",\"fault\":{\"kind\":\"drop\"}}]",
+        ] {
+            assert_eq!(parse(text).unwrap(), set, "{text}");
+        }
+        assert_eq!(parse("").unwrap(), json!({"rules": []}));
+        assert_eq!(
+            parse("[fault]\nkind = \"drop\"\n").unwrap(),
+            json!({"rules": [{"fault": {"kind": "drop"}}]})
+        );
+    }
+
+    #[test]
+    fn a_listing_can_be_applied_again_and_other_unknown_fields_stay_for_the_server_to_refuse() {
+        let listing = "{\"rules\":[{\"name\":\"a\",\"matches\":1,\"state\":\"armed\",\"x\":1}],\"cursor\":\"b-1\",\"y\":2}";
+        assert_eq!(
+            parse(listing).unwrap(),
+            json!({"rules": [{"name": "a", "x": 1}], "y": 2})
+        );
+        assert!(parse("not a rule").is_err());
+    }
+}

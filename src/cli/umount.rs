@@ -1,0 +1,277 @@
+//! `umount`: end a mount, whatever state its daemon is in: living, hanging or dead.
+//!
+//! Thread: the main one. Locks: those of the state files, for an instant. Must never: look at the mountpoint, except
+//! where no state file says whether somebody serves it (`mounts::is_disconnected`).
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use nix::errno::Errno;
+use serde_json::json;
+
+use crate::client::instances::{self, Instance, lexical};
+use crate::client::mounts::{self, FILESYSTEM_TYPE, Mount};
+use crate::client::{Client, ClientError, Host, exit};
+
+use super::console::Outcome;
+use super::session::{Session, World, on_each};
+
+/// How long a daemon may take to end after it has unmounted.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
+#[derive(Debug, Args)]
+pub struct UmountArgs {
+    /// Where it is mounted
+    #[arg(conflicts_with = "instance")]
+    mountpoint: Option<PathBuf>,
+    /// The name of the instance
+    #[arg(long, value_name = "NAME")]
+    instance: Option<String>,
+    /// Detach at once; what is still open goes on until it is closed
+    #[arg(long, conflicts_with = "force")]
+    lazy: bool,
+    /// Abort the connection, also of a daemon that hangs; what is open fails
+    #[arg(long)]
+    force: bool,
+}
+
+impl UmountArgs {
+    fn how(&self) -> &'static str {
+        match (self.lazy, self.force) {
+            (true, _) => "lazy",
+            (_, true) => "force",
+            _ => "normal",
+        }
+    }
+}
+
+pub fn run(world: &World, args: &UmountArgs) -> u8 {
+    if args.mountpoint.is_none() && args.instance.is_none() {
+        if world.globals.host.is_empty() {
+            let error =
+                ClientError::usage("umount: which one?").hint("give MOUNTPOINT or --instance NAME");
+            return world.console.error(&error);
+        }
+        return on_each(world, &|session| remote(session, args));
+    }
+    match local(world, args) {
+        Ok(said) => {
+            let document = json!({"unmounted": true, "detail": said});
+            let _ = if world.console.json {
+                world.console.document(&document)
+            } else {
+                world.console.line(&said)
+            };
+            exit::DONE
+        }
+        Err(error) => world.console.error(&error),
+    }
+}
+
+/// A host that was chosen by its socket or address is told to unmount; whether its process has ended cannot be seen.
+fn remote(session: &Session, args: &UmountArgs) -> Result<Outcome, ClientError> {
+    let reply = session
+        .patient(Some(END_LIMIT))?
+        .post("/v1/unmount", &json!({"how": args.how()}))?;
+    Ok(super::session::shown(
+        reply,
+        vec![format!("{} unmounted", session.target.name)],
+    ))
+}
+
+fn local(world: &World, args: &UmountArgs) -> Result<String, ClientError> {
+    let found = instances::list(world.run_dir)
+        .map_err(|error| ClientError::failed(format!("{}: {error}", world.run_dir.display())))?;
+    let wanted: Vec<&Instance> = found
+        .iter()
+        .filter(|instance| is_meant(instance, args))
+        .collect();
+    let living = wanted.iter().find(|instance| instance.alive);
+    let mountpoint = match (&args.mountpoint, wanted.first()) {
+        (Some(path), _) => lexical(path),
+        (None, Some(instance)) => instance.state.mountpoint.clone(),
+        (None, None) => match mount_of(args.instance.as_deref())? {
+            Some(mount) => mount.mountpoint,
+            None => return Ok(not_mounted(args)),
+        },
+    };
+    if let Some(instance) = living {
+        return end_living(world, instance, args, &mountpoint);
+    }
+    let said = end_dead(&mountpoint, args, !wanted.is_empty())?;
+    wanted.iter().for_each(|instance| instance.forget());
+    Ok(said)
+}
+
+fn is_meant(instance: &Instance, args: &UmountArgs) -> bool {
+    match (&args.instance, &args.mountpoint) {
+        (Some(name), _) => instance.state.instance == *name,
+        (None, Some(path)) => instance.is_mounted_at(path),
+        (None, None) => false,
+    }
+}
+
+fn not_mounted(args: &UmountArgs) -> String {
+    match (&args.mountpoint, &args.instance) {
+        (Some(path), _) => format!("{}: not mounted", path.display()),
+        (None, name) => format!("{}: not mounted", name.as_deref().unwrap_or_default()),
+    }
+}
+
+fn mount_of(instance: Option<&str>) -> Result<Option<Mount>, ClientError> {
+    Ok(mounts::all()
+        .map_err(no_table)?
+        .into_iter()
+        .rev()
+        .find(|mount| mount.instance().is_some_and(|name| Some(name) == instance)))
+}
+
+fn no_table(error: std::io::Error) -> ClientError {
+    ClientError::failed(format!("/proc/self/mountinfo: {error}"))
+}
+
+fn end_living(
+    world: &World,
+    instance: &Instance,
+    args: &UmountArgs,
+    mountpoint: &Path,
+) -> Result<String, ClientError> {
+    let connect = world.globals.connect_timeout.length;
+    let answer = if args.force { connect } else { END_LIMIT };
+    let client = Client::new(Host::Unix(instance.state.socket.clone()), connect)?
+        .answer_within(Some(answer));
+    let asked = client.post("/v1/unmount", &json!({"how": args.how()}));
+    let ended = match asked {
+        Ok(_) => has_ended_within(instance, END_LIMIT),
+        // It may have ended before its answer was on its way.
+        Err(error)
+            if error.exit == exit::NO_INSTANCE
+                && has_ended_within(instance, Duration::from_secs(1)) =>
+        {
+            true
+        }
+        Err(error) if error.exit == exit::NO_INSTANCE && args.force => false,
+        Err(error) => return Err(error),
+    };
+    match (ended, args.force) {
+        (true, _) => {
+            if args.force {
+                detach_if_there(mountpoint)?;
+            }
+            Ok(format!("{} unmounted", mountpoint.display()))
+        }
+        (false, true) => abort(instance, mountpoint),
+        // A lazy daemon lives on until the last file is closed; what was asked for is done.
+        (false, false) if args.lazy => Ok(format!(
+            "{} detached; pid {} ends when its last file is closed",
+            mountpoint.display(),
+            instance.state.pid
+        )),
+        (false, false) => {
+            let limit = humantime::format_duration(END_LIMIT);
+            let detail = format!(
+                "unmounted, but pid {} has not ended within {limit}",
+                instance.state.pid
+            );
+            Err(ClientError::timed_out(detail)
+                .hint("`nemesisfs umount --force` aborts its connection"))
+        }
+    }
+}
+
+/// For a daemon that does not answer: its connection is cut from outside.
+fn abort(instance: &Instance, mountpoint: &Path) -> Result<String, ClientError> {
+    cut(mountpoint)?;
+    if has_ended_within(instance, Duration::from_secs(2)) {
+        return Ok(format!("{} unmounted by force", mountpoint.display()));
+    }
+    Ok(format!(
+        "{} unmounted by force; pid {} hangs and still exists",
+        mountpoint.display(),
+        instance.state.pid
+    ))
+}
+
+fn cut(mountpoint: &Path) -> Result<(), ClientError> {
+    if let Some(mount) = ours_at(mountpoint)? {
+        mounts::abort(&mount).map_err(|error| {
+            ClientError::failed(format!(
+                "connection {} cannot be aborted: {error}",
+                mount.minor
+            ))
+            .hint("this needs root and fusectl at /sys/fs/fuse/connections")
+        })?;
+        detach(mountpoint, true)?;
+    }
+    Ok(())
+}
+
+fn detach_if_there(mountpoint: &Path) -> Result<(), ClientError> {
+    match ours_at(mountpoint)? {
+        Some(_) => detach(mountpoint, true),
+        None => Ok(()),
+    }
+}
+
+fn ours_at(mountpoint: &Path) -> Result<Option<Mount>, ClientError> {
+    Ok(mounts::at(mountpoint)
+        .map_err(no_table)?
+        .filter(|mount| mount.filesystem == FILESYSTEM_TYPE))
+}
+
+fn detach(mountpoint: &Path, lazily: bool) -> Result<(), ClientError> {
+    mounts::unmount(mountpoint, lazily).map_err(|error| cannot_unmount(mountpoint, error))
+}
+
+fn cannot_unmount(mountpoint: &Path, error: Errno) -> ClientError {
+    ClientError::failed(format!("{}: {}", mountpoint.display(), error.desc()))
+}
+
+/// A mount whose daemon is dead, or that no state file of this run directory knows. The daemon of the latter may live
+/// with another run directory: then it is busy or not like any mount, and is not torn away from under its users.
+fn end_dead(mountpoint: &Path, args: &UmountArgs, known_dead: bool) -> Result<String, ClientError> {
+    let Some(mount) = mounts::at(mountpoint).map_err(no_table)? else {
+        return Ok(not_mounted(args));
+    };
+    let mountpoint = mount.mountpoint.as_path();
+    match mount.filesystem.as_str() {
+        FILESYSTEM_TYPE if args.force => cut(mountpoint)?,
+        FILESYSTEM_TYPE if args.lazy || known_dead => detach(mountpoint, true)?,
+        FILESYSTEM_TYPE => end_unknown(mountpoint)?,
+        "fuse" if mounts::is_disconnected(mountpoint) => detach(mountpoint, true)?,
+        other => {
+            let detail = format!(
+                "{} is a mount of type {other}, and not ours",
+                mountpoint.display()
+            );
+            return Err(ClientError::failed(detail).hint("umount(8) unmounts it"));
+        }
+    }
+    Ok(format!(
+        "{} unmounted; no living instance served it",
+        mountpoint.display()
+    ))
+}
+
+fn end_unknown(mountpoint: &Path) -> Result<(), ClientError> {
+    match mounts::unmount(mountpoint, false) {
+        Err(Errno::EBUSY) if mounts::is_disconnected(mountpoint) => detach(mountpoint, true),
+        Err(error) => Err(cannot_unmount(mountpoint, error)
+            .hint("no instance of this run directory serves it; NEMESISFS_RUNDIR chooses another, --lazy detaches it")),
+        Ok(()) => Ok(()),
+    }
+}
+
+fn has_ended_within(instance: &Instance, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if instance.has_ended() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

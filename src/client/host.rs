@@ -1,0 +1,235 @@
+//! Which instances a command is for: `-H`, or the environment, or the only one that lives here.
+//!
+//! Thread: the caller's. Locks: those of `instances`, for an instant. Must never: connect to anything, or touch a mount.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::error::ClientError;
+use super::instances::{self, Instance};
+
+/// Where a daemon listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Host {
+    Unix(PathBuf),
+    Tcp(String),
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Host::Unix(path) => write!(f, "unix://{}", path.display()),
+            Host::Tcp(address) => write!(f, "tcp://{address}"),
+        }
+    }
+}
+
+/// A host that a command was sent to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    pub host: Host,
+    /// What to call it until it has told its name.
+    pub name: String,
+    /// Whether the user chose it, and an undo line has to choose it again.
+    pub chosen: bool,
+}
+
+impl Target {
+    fn of(host: Host) -> Self {
+        let name = match &host {
+            Host::Unix(path) => path
+                .file_stem()
+                .unwrap_or(path.as_os_str())
+                .to_string_lossy()
+                .into_owned(),
+            Host::Tcp(address) => address.clone(),
+        };
+        Target {
+            host,
+            name,
+            chosen: true,
+        }
+    }
+
+    fn of_instance(instance: &Instance, chosen: bool) -> Self {
+        let host = Host::Unix(instance.state.socket.clone());
+        Target {
+            host,
+            name: instance.state.instance.clone(),
+            chosen,
+        }
+    }
+}
+
+/// The instances that the words of `-H` mean, or without any, the only living one of `run_dir`.
+pub fn resolve(words: &[String], run_dir: &Path) -> Result<Vec<Target>, ClientError> {
+    if words.is_empty() {
+        return only_living(run_dir).map(|target| vec![target]);
+    }
+    let mut targets: Vec<Target> = Vec::new();
+    for word in words {
+        for target in parse(word, run_dir)? {
+            if !targets.iter().any(|known| known.host == target.host) {
+                targets.push(target);
+            }
+        }
+    }
+    Ok(targets)
+}
+
+fn parse(word: &str, run_dir: &Path) -> Result<Vec<Target>, ClientError> {
+    if let Some(address) = word.strip_prefix("tcp://") {
+        return tcp(address.trim_end_matches('/')).map(|target| vec![target]);
+    }
+    let path = word
+        .strip_prefix("unix://")
+        .or_else(|| word.strip_prefix("unix:"));
+    match path {
+        Some("") => Err(ClientError::usage(format!("-H {word}: no path"))),
+        Some(path) => sockets(path),
+        None if word.contains("://") => {
+            Err(ClientError::usage(format!("-H {word}: unknown scheme"))
+                .hint("use unix:///path or tcp://host:port"))
+        }
+        None if word.contains('/') => sockets(word),
+        None => by_name(word, run_dir).map(|target| vec![target]),
+    }
+}
+
+fn tcp(address: &str) -> Result<Target, ClientError> {
+    let port = address
+        .rsplit_once(':')
+        .map(|(_, port)| port.parse::<u16>());
+    if !matches!(port, Some(Ok(_))) {
+        return Err(
+            ClientError::usage(format!("-H tcp://{address}: no port")).hint("use tcp://host:port")
+        );
+    }
+    Ok(Target::of(Host::Tcp(address.to_owned())))
+}
+
+fn sockets(path: &str) -> Result<Vec<Target>, ClientError> {
+    if !path.contains(['*', '?', '[']) {
+        return Ok(vec![Target::of(Host::Unix(path.into()))]);
+    }
+    let paths =
+        glob::glob(path).map_err(|error| ClientError::usage(format!("-H {path}: {error}")))?;
+    let targets: Vec<Target> = paths
+        .flatten()
+        .map(|path| Target::of(Host::Unix(path)))
+        .collect();
+    if targets.is_empty() {
+        return Err(ClientError::no_instance(format!(
+            "no socket matches {path}"
+        )));
+    }
+    Ok(targets)
+}
+
+fn by_name(name: &str, run_dir: &Path) -> Result<Target, ClientError> {
+    let living = living(run_dir)?;
+    match living
+        .iter()
+        .find(|instance| instance.state.instance == name)
+    {
+        Some(instance) => Ok(Target::of_instance(instance, true)),
+        None => Err(
+            ClientError::no_instance(format!("no instance \"{name}\" lives here")).hint(
+                match names(&living) {
+                    names if names.is_empty() => "`nemesisfs list` shows what there is".to_owned(),
+                    names => format!("these do: {names}"),
+                },
+            ),
+        ),
+    }
+}
+
+fn only_living(run_dir: &Path) -> Result<Target, ClientError> {
+    let living = living(run_dir)?;
+    match living.as_slice() {
+        [one] => Ok(Target::of_instance(one, false)),
+        [] => Err(ClientError::no_instance("no instance runs here").hint(format!(
+            "`nemesisfs mount BACKING MOUNTPOINT` starts one; -H chooses one elsewhere (looked in {})",
+            run_dir.display()
+        ))),
+        several => Err(ClientError::usage(format!("several instances run here: {}", names(several)))
+            .hint("choose with -H NAME, which can be given more than once")),
+    }
+}
+
+fn living(run_dir: &Path) -> Result<Vec<Instance>, ClientError> {
+    instances::living(run_dir)
+        .map_err(|error| ClientError::failed(format!("{}: {error}", run_dir.display())))
+}
+
+fn names(instances: &[Instance]) -> String {
+    instances
+        .iter()
+        .map(|instance| instance.state.instance.as_str())
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::error::exit;
+    use super::*;
+
+    fn resolve_in(dir: &Path, words: &[&str]) -> Result<Vec<String>, ClientError> {
+        let words: Vec<String> = words.iter().map(ToString::to_string).collect();
+        Ok(resolve(&words, dir)?
+            .iter()
+            .map(|target| target.host.to_string())
+            .collect())
+    }
+
+    #[test]
+    fn sockets_are_chosen_by_url_by_path_and_by_glob_each_once() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a.sock", "b.sock"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let at = |name: &str| format!("unix://{}/{name}", dir.path().display());
+        assert_eq!(
+            resolve_in(dir.path(), &[&at("*.sock"), &at("a.sock")]).unwrap(),
+            [at("a.sock"), at("b.sock")]
+        );
+        assert_eq!(
+            resolve_in(dir.path(), &["unix:x.sock"]).unwrap(),
+            ["unix://x.sock"]
+        );
+        assert_eq!(resolve_in(dir.path(), &["/x/y"]).unwrap(), ["unix:///x/y"]);
+        assert_eq!(
+            resolve_in(dir.path(), &[&at("*.no")]).unwrap_err().exit,
+            exit::NO_INSTANCE
+        );
+    }
+
+    #[test]
+    fn a_host_that_makes_no_sense_is_a_usage_error() {
+        let dir = tempfile::tempdir().unwrap();
+        for word in ["tcp://host", "http://host:1", "unix://", "tcp://host:99999"] {
+            assert_eq!(
+                resolve_in(dir.path(), &[word]).unwrap_err().exit,
+                exit::USAGE,
+                "{word}"
+            );
+        }
+        assert_eq!(
+            resolve_in(dir.path(), &["tcp://[::1]:80"]).unwrap(),
+            ["tcp://[::1]:80"]
+        );
+    }
+
+    #[test]
+    fn without_a_choice_no_instance_is_exit_3_and_a_name_that_nobody_has_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = resolve_in(dir.path(), &[]).unwrap_err();
+        assert_eq!(error.exit, exit::NO_INSTANCE);
+        assert!(error.lines()[1].starts_with("hint: "));
+        assert_eq!(
+            resolve_in(dir.path(), &["n7"]).unwrap_err().exit,
+            exit::NO_INSTANCE
+        );
+    }
+}

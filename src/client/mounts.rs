@@ -1,0 +1,179 @@
+//! The kernel's mount table, and what can be done to a mount whose daemon does not answer: abort its connection
+//! through fusectl, and detach it.
+//!
+//! Thread: the caller's. Locks: none. Must never: look at a mountpoint, except in `is_disconnected`, whose look is
+//! made by a thread that nobody waits for longer than two seconds.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags};
+
+use super::instances::same_place;
+
+/// The type under which the kernel lists a mount of ours.
+pub const FILESYSTEM_TYPE: &str = "fuse.nemesisfs";
+
+const FUSECTL: &str = "/sys/fs/fuse/connections";
+
+/// One line of the mount table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// The minor number of its device, which is the number of a FUSE connection.
+    pub minor: u32,
+    pub mountpoint: PathBuf,
+    pub filesystem: String,
+    pub source: String,
+}
+
+impl Mount {
+    /// The instance that made it, which is in the source of a mount of ours.
+    pub fn instance(&self) -> Option<&str> {
+        if self.filesystem != FILESYSTEM_TYPE {
+            return None;
+        }
+        Some(
+            self.source
+                .strip_prefix("nemesisfs:")
+                .unwrap_or(&self.source),
+        )
+    }
+}
+
+/// All mounts that this process can see.
+pub fn all() -> io::Result<Vec<Mount>> {
+    Ok(parse(&fs::read_to_string("/proc/self/mountinfo")?))
+}
+
+/// The uppermost mount at a place.
+pub fn at(path: &Path) -> io::Result<Option<Mount>> {
+    Ok(all()?
+        .into_iter()
+        .rev()
+        .find(|mount| same_place(&mount.mountpoint, path)))
+}
+
+fn parse(table: &str) -> Vec<Mount> {
+    table.lines().filter_map(parse_line).collect()
+}
+
+/// Reads `36 35 0:52 / /mnt rw,… shared:1 - fuse.nemesisfs nemesisfs:n1 rw,…`; see proc_pid_mountinfo(5).
+fn parse_line(line: &str) -> Option<Mount> {
+    let (place, what) = line.split_once(" - ")?;
+    let place: Vec<&str> = place.split(' ').collect();
+    let mut what = what.split(' ');
+    let (_, minor) = place.get(2)?.split_once(':')?;
+    Some(Mount {
+        minor: minor.parse().ok()?,
+        mountpoint: unescape(place.get(4)?).into(),
+        filesystem: what.next()?.to_owned(),
+        source: unescape(what.next()?),
+    })
+}
+
+/// The kernel writes space, tab, newline and backslash as three octal digits.
+fn unescape(word: &str) -> String {
+    word.replace("\\040", " ")
+        .replace("\\011", "\t")
+        .replace("\\012", "\n")
+        .replace("\\134", "\\")
+}
+
+/// Unmounts by the system call, or by fusermount3 where the call is not allowed to this user.
+pub fn unmount(mountpoint: &Path, detach: bool) -> Result<(), Errno> {
+    let how = if detach {
+        MntFlags::MNT_DETACH
+    } else {
+        MntFlags::empty()
+    };
+    match nix::mount::umount2(mountpoint, how | MntFlags::UMOUNT_NOFOLLOW) {
+        Err(Errno::EPERM) => fusermount(mountpoint, detach),
+        // It is what was wanted: somebody else was faster.
+        Err(Errno::EINVAL) if !still_there(mountpoint) => Ok(()),
+        other => other,
+    }
+}
+
+fn still_there(mountpoint: &Path) -> bool {
+    at(mountpoint).ok().flatten().is_some()
+}
+
+fn fusermount(mountpoint: &Path, detach: bool) -> Result<(), Errno> {
+    let how = if detach { "-uz" } else { "-u" };
+    let status = Command::new("fusermount3")
+        .arg(how)
+        .arg("--")
+        .arg(mountpoint)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        _ => Err(Errno::EPERM),
+    }
+}
+
+/// Whether the connection of a mount is gone. This asks the mount, so it is only for one that no living daemon of
+/// ours is known to serve. A look that hangs says that somebody still holds the connection.
+pub fn is_disconnected(mountpoint: &Path) -> bool {
+    let (answer, asked) = mpsc::channel();
+    let path = mountpoint.to_owned();
+    std::thread::spawn(move || {
+        let _ = answer.send(nix::sys::stat::lstat(&path).err());
+    });
+    matches!(
+        asked.recv_timeout(Duration::from_secs(2)),
+        Ok(Some(Errno::ENOTCONN))
+    )
+}
+
+/// Cuts the connection of a mount, whatever its daemon is doing: every request on it fails from then on.
+pub fn abort(mount: &Mount) -> io::Result<()> {
+    let abort = Path::new(FUSECTL)
+        .join(mount.minor.to_string())
+        .join("abort");
+    if !abort.exists() {
+        let nothing: Option<&str> = None;
+        nix::mount::mount(
+            Some("fusectl"),
+            FUSECTL,
+            Some("fusectl"),
+            MsFlags::empty(),
+            nothing,
+        )?;
+    }
+    fs::write(abort, "1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &str = "\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+90 22 0:57 / /mnt/with\\040space rw,nosuid - fuse.nemesisfs nemesisfs:n1 rw,user_id=0
+91 22 0:58 / /mnt/b rw shared:4 master:2 - fuse sshfs rw
+";
+
+    #[test]
+    fn a_mount_of_ours_is_known_by_its_type_and_names_its_instance() {
+        let mounts = parse(TABLE);
+        assert_eq!(
+            mounts.iter().map(Mount::instance).collect::<Vec<_>>(),
+            [None, Some("n1"), None]
+        );
+        assert_eq!(mounts[1].mountpoint, Path::new("/mnt/with space"));
+        assert_eq!(mounts[1].minor, 57);
+    }
+
+    #[test]
+    fn optional_fields_of_the_mount_table_do_not_shift_the_others() {
+        assert_eq!(parse(TABLE)[2].source, "sshfs");
+        assert_eq!(parse("rubbish\n\n"), []);
+    }
+}
