@@ -32,13 +32,7 @@ pub struct Globals {
     pub quiet: bool,
 
     /// How long a connection may take
-    #[arg(
-        long,
-        value_name = "DURATION",
-        global = true,
-        default_value = "5s",
-        help_heading = "Everywhere"
-    )]
+    #[arg(long, value_name = "DURATION", global = true, default_value = "5s", help_heading = "Everywhere")]
     pub connect_timeout: Span,
 }
 
@@ -54,10 +48,7 @@ impl FromStr for Span {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match humantime::parse_duration(text) {
-            Ok(length) => Ok(Span {
-                text: text.to_owned(),
-                length,
-            }),
+            Ok(length) => Ok(Span { text: text.to_owned(), length }),
             Err(error) => Err(format!("{error}; write it as 10ms, 3s or 5m")),
         }
     }
@@ -94,16 +85,9 @@ mod tests {
 
     #[test]
     fn durations_have_units_and_probabilities_limits() {
-        assert_eq!(
-            "1m 30s".parse::<Span>().unwrap().length,
-            Duration::from_secs(90)
-        );
+        assert_eq!("1m 30s".parse::<Span>().unwrap().length, Duration::from_secs(90));
         assert!("30".parse::<Span>().unwrap_err().contains("10ms"));
         assert_eq!(probability("0.25"), Ok(0.25));
-        assert!(
-            probability("1.5").is_err()
-                && probability("NaN").is_err()
-                && probability("-0.1").is_err()
-        );
+        assert!(probability("1.5").is_err() && probability("NaN").is_err() && probability("-0.1").is_err());
     }
 }

@@ -33,27 +33,13 @@ pub struct Console {
 }
 
 impl Console {
-    pub fn new(
-        out: Box<dyn Write + Send>,
-        err: Box<dyn Write + Send>,
-        json: bool,
-        quiet: bool,
-    ) -> Self {
-        Console {
-            out: Mutex::new(out),
-            err: Mutex::new(err),
-            json,
-            quiet,
-        }
+    pub fn new(out: Box<dyn Write + Send>, err: Box<dyn Write + Send>, json: bool, quiet: bool) -> Self {
+        Console { out: Mutex::new(out), err: Mutex::new(err), json, quiet }
     }
 
     /// One line of a result. An error means that nobody reads any more.
     pub fn line(&self, line: &str) -> io::Result<()> {
-        if self.quiet {
-            Ok(())
-        } else {
-            write_line(&self.out, line)
-        }
+        if self.quiet { Ok(()) } else { write_line(&self.out, line) }
     }
 
     /// One line of an error, which `--quiet` does not hide.
@@ -67,12 +53,7 @@ impl Console {
     }
 
     /// The result of one host. A reader that went away is no failure of the command.
-    pub fn result(
-        &self,
-        target: &Target,
-        several: bool,
-        result: Result<Outcome, ClientError>,
-    ) -> u8 {
+    pub fn result(&self, target: &Target, several: bool, result: Result<Outcome, ClientError>) -> u8 {
         match result {
             Ok(outcome) => {
                 self.outcome(target, several, &outcome);
@@ -89,12 +70,7 @@ impl Console {
         let prefix = prefix(target, several);
         if self.json {
             if let Some(body) = &outcome.body {
-                let _ = self.document(&envelope(
-                    target,
-                    several,
-                    Some(outcome.status),
-                    body.clone(),
-                ));
+                let _ = self.document(&envelope(target, several, Some(outcome.status), body.clone()));
             }
             return;
         }
@@ -110,9 +86,7 @@ impl Console {
 
     fn error_of(&self, target: &Target, several: bool, error: &ClientError) {
         if self.json {
-            self.complain(
-                &envelope(target, several, error.status, error.problem.clone()).to_string(),
-            );
+            self.complain(&envelope(target, several, error.status, error.problem.clone()).to_string());
             return;
         }
         for line in error.lines() {
@@ -138,11 +112,7 @@ fn write_line(stream: &Mutex<Box<dyn Write + Send>>, line: &str) -> io::Result<(
 }
 
 fn prefix(target: &Target, several: bool) -> String {
-    if several {
-        format!("{}: ", target.name)
-    } else {
-        String::new()
-    }
+    if several { format!("{}: ", target.name) } else { String::new() }
 }
 
 fn envelope(target: &Target, several: bool, status: Option<u16>, body: Value) -> Value {

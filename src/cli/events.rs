@@ -86,11 +86,7 @@ fn stream(session: &Session, args: &EventsArgs) -> Result<Outcome, ClientError> 
     let ended = session.client.stream_events(&args.path(), |event| {
         let shown = print(session, args, as_json, event, &mut seen);
         seen.enough |= shown.is_break() || args.limit.is_some_and(|limit| seen.count >= limit);
-        if seen.enough {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
+        if seen.enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     if seen.said_bye || seen.enough {
         return Ok(Outcome::default());
@@ -98,26 +94,14 @@ fn stream(session: &Session, args: &EventsArgs) -> Result<Outcome, ClientError> 
     ended?;
     match args.follow {
         false => Ok(Outcome::default()),
-        true => Err(ClientError::no_instance(format!(
-            "{} ended the stream without a word",
-            session.target.host
-        ))
-        .hint("the daemon may have been killed: `nemesisfs list` shows its state")),
+        true => Err(ClientError::no_instance(format!("{} ended the stream without a word", session.target.host))
+            .hint("the daemon may have been killed: `nemesisfs list` shows its state")),
     }
 }
 
 /// A break means that nobody reads any more.
-fn print(
-    session: &Session,
-    args: &EventsArgs,
-    as_json: bool,
-    event: Value,
-    seen: &mut Seen,
-) -> ControlFlow<()> {
-    let name = event
-        .get("event")
-        .and_then(Value::as_str)
-        .unwrap_or_default();
+fn print(session: &Session, args: &EventsArgs, as_json: bool, event: Value, seen: &mut Seen) -> ControlFlow<()> {
+    let name = event.get("event").and_then(Value::as_str).unwrap_or_default();
     // The greeting belongs to a stream, not to the history, and says nothing to a person.
     let hidden = name == "hello" && !(as_json && args.follow);
     seen.said_bye |= name == "bye";
@@ -128,25 +112,17 @@ fn print(
         (true, _) => Ok(()),
         (false, true) => session.console.document(&with_instance(session, event)),
         (false, false) if session.several => {
-            session
-                .console
-                .line(&format!("{}: {}", session.target.name, line(&event)))
+            session.console.line(&format!("{}: {}", session.target.name, line(&event)))
         }
         (false, false) => session.console.line(&line(&event)),
     };
-    if printed.is_ok() {
-        ControlFlow::Continue(())
-    } else {
-        ControlFlow::Break(())
-    }
+    if printed.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
 }
 
 /// From several hosts, each object says whose it is.
 fn with_instance(session: &Session, mut event: Value) -> Value {
     if let (true, Value::Object(fields)) = (session.several, &mut event) {
-        fields
-            .entry("instance")
-            .or_insert_with(|| json!(session.target.name));
+        fields.entry("instance").or_insert_with(|| json!(session.target.name));
     }
     event
 }
@@ -157,31 +133,15 @@ pub fn line(event: &Value) -> String {
     let name = text("event").unwrap_or_else(|| "?".to_owned());
     let time = text("time").map_or_else(|| "-".to_owned(), |time| time_of_day(&time));
     let head = format!("{time:<15} {name:<9}");
-    let rest = if name == "injection" {
-        injection(event)
-    } else {
-        others(event)
-    };
+    let rest = if name == "injection" { injection(event) } else { others(event) };
     format!("{head} {rest}").trim_end().to_owned()
 }
 
 fn injection(event: &Value) -> String {
     let text = |key| word(event.get(key)).unwrap_or_else(|| "-".to_owned());
-    let outcome = word(event.get("errno"))
-        .or_else(|| delay(event))
-        .unwrap_or_else(|| "-".to_owned());
-    let repeat = if event.get("repeat") == Some(&Value::Bool(true)) {
-        " repeat"
-    } else {
-        ""
-    };
-    let (rule, kind, op, path, range) = (
-        text("rule"),
-        text("kind"),
-        text("op"),
-        text("path"),
-        range(event),
-    );
+    let outcome = word(event.get("errno")).or_else(|| delay(event)).unwrap_or_else(|| "-".to_owned());
+    let repeat = if event.get("repeat") == Some(&Value::Bool(true)) { " repeat" } else { "" };
+    let (rule, kind, op, path, range) = (text("rule"), text("kind"), text("op"), text("path"), range(event));
     let who = format!("{}/{}", text("pid"), text("comm"));
     format!("{rule:<16} {kind:<8} {op:<10} {path:<32} {range:<14} {outcome:<8} {who}{repeat}")
 }
@@ -196,10 +156,7 @@ pub fn range(event: &Value) -> String {
 }
 
 fn delay(event: &Value) -> Option<String> {
-    let ns = event
-        .get("delay_ns")
-        .and_then(Value::as_u64)
-        .filter(|ns| *ns > 0)?;
+    let ns = event.get("delay_ns").and_then(Value::as_u64).filter(|ns| *ns > 0)?;
     Some(format!("{:.1}ms", ns as f64 / 1e6))
 }
 
@@ -251,9 +208,6 @@ mod tests {
 
     #[test]
     fn a_gap_says_what_was_missed() {
-        assert_eq!(
-            line(&json!({"event": "gap", "missed": 12, "labels": {}})),
-            "-               gap       missed=12"
-        );
+        assert_eq!(line(&json!({"event": "gap", "missed": 12, "labels": {}})), "-               gap       missed=12");
     }
 }

@@ -25,20 +25,11 @@ pub fn run(world: &World, command: &InspectCommand) -> u8 {
 
 fn requests(session: &Session) -> Result<Outcome, ClientError> {
     let reply = session.client.get("/v1/requests")?;
-    let held = reply
-        .body
-        .get("requests")
-        .and_then(Value::as_array)
-        .map_or(&[][..], Vec::as_slice);
+    let held = reply.body.get("requests").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     let rows: Vec<Vec<String>> = held.iter().map(row).collect();
     let lines = match rows.as_slice() {
         [] => vec!["no request is held".to_owned()],
-        rows => table::lines(
-            &[
-                "ID", "STATE", "WAITING", "RULE", "OP", "RANGE", "PID/COMM", "PATH",
-            ],
-            rows,
-        ),
+        rows => table::lines(&["ID", "STATE", "WAITING", "RULE", "OP", "RANGE", "PID/COMM", "PATH"], rows),
     };
     Ok(shown(reply, lines))
 }

@@ -9,22 +9,13 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::client::instances::{self, Instance, same_place};
-use crate::client::mounts::{self, Mount};
 use crate::client::{Client, ClientError, Host, exit, host};
+use crate::sys::mounts::{self, Mount};
 
 use super::session::World;
 use super::table;
 
-const HEAD: [&str; 8] = [
-    "INSTANCE",
-    "STATE",
-    "MODE",
-    "RULES",
-    "MOUNTPOINT",
-    "BACKING",
-    "PID",
-    "SOCKET",
-];
+const HEAD: [&str; 8] = ["INSTANCE", "STATE", "MODE", "RULES", "MOUNTPOINT", "BACKING", "PID", "SOCKET"];
 
 pub fn run(world: &World) -> u8 {
     match rows(world) {
@@ -40,21 +31,13 @@ fn rows(world: &World) -> Result<Vec<Value>, ClientError> {
     let limit = world.globals.connect_timeout.length;
     if !world.globals.host.is_empty() {
         let targets = host::resolve(&world.globals.host, world.run_dir)?;
-        return Ok(in_parallel(&targets, |target| {
-            ask(&target.host, limit, json!({"instance": target.name}))
-        }));
+        return Ok(in_parallel(&targets, |target| ask(&target.host, limit, json!({"instance": target.name}))));
     }
     let told = |what: &str, error: std::io::Error| ClientError::failed(format!("{what}: {error}"));
-    let found = instances::list(world.run_dir)
-        .map_err(|error| told(&world.run_dir.display().to_string(), error))?;
+    let found = instances::list(world.run_dir).map_err(|error| told(&world.run_dir.display().to_string(), error))?;
     let mut rows = in_parallel(&found, |instance| of_instance(instance, limit));
     let mounts = mounts::all().map_err(|error| told("/proc/self/mountinfo", error))?;
-    rows.extend(
-        mounts
-            .iter()
-            .filter(|mount| is_stale(mount, &found))
-            .map(of_mount),
-    );
+    rows.extend(mounts.iter().filter(|mount| is_stale(mount, &found)).map(of_mount));
     Ok(rows)
 }
 
@@ -62,14 +45,8 @@ fn rows(world: &World) -> Result<Vec<Value>, ClientError> {
 fn in_parallel<T: Sync>(items: &[T], ask: impl Fn(&T) -> Value + Sync) -> Vec<Value> {
     std::thread::scope(|scope| {
         let ask = &ask;
-        let threads: Vec<_> = items
-            .iter()
-            .map(|item| scope.spawn(move || ask(item)))
-            .collect();
-        threads
-            .into_iter()
-            .filter_map(|thread| thread.join().ok())
-            .collect()
+        let threads: Vec<_> = items.iter().map(|item| scope.spawn(move || ask(item))).collect();
+        threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
     })
 }
 
@@ -95,16 +72,7 @@ fn ask(host: &Host, limit: Duration, mut row: Value) -> Value {
         return row;
     };
     row["state"] = json!("alive");
-    for key in [
-        "instance",
-        "mode",
-        "rules",
-        "mountpoint",
-        "backing",
-        "pid",
-        "socket",
-        "log",
-    ] {
+    for key in ["instance", "mode", "rules", "mountpoint", "backing", "pid", "socket", "log"] {
         if let Some(value) = health.body.get(key) {
             row[key] = value.clone();
         }
@@ -118,9 +86,7 @@ fn is_stale(mount: &Mount, instances: &[Instance]) -> bool {
         return false;
     };
     let owns = |instance: &Instance| {
-        instance.alive
-            && instance.state.instance == name
-            && same_place(&instance.state.mountpoint, &mount.mountpoint)
+        instance.alive && instance.state.instance == name && same_place(&instance.state.mountpoint, &mount.mountpoint)
     };
     !instances.iter().any(owns)
 }

@@ -96,11 +96,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli, run_dir: &Path, console: &Console) -> u8 {
-    let world = World {
-        globals: &cli.globals,
-        run_dir,
-        console,
-    };
+    let world = World { globals: &cli.globals, run_dir, console };
     match &cli.verb {
         Verb::Mount(args) => mount::run(&world, args),
         Verb::Umount(args) => umount::run(&world, args),

@@ -16,12 +16,7 @@ pub struct ModeArgs {
     /// allow_writes, drop_writes, error_writes, error_reads, error_all or enospc; without it, say which it is
     mode: Option<String>,
     /// Lifetime; then the mount allows everything again
-    #[arg(
-        long = "for",
-        alias = "interval",
-        value_name = "DURATION",
-        requires = "mode"
-    )]
+    #[arg(long = "for", alias = "interval", value_name = "DURATION", requires = "mode")]
     lifetime: Option<Span>,
     /// Of a mode that comes and goes: how long it is away
     #[arg(long, value_name = "DURATION", requires = "mode")]
@@ -45,39 +40,23 @@ fn show(session: &Session) -> Result<Outcome, ClientError> {
 }
 
 fn set(session: &Session, mode: &str, args: &ModeArgs) -> Result<Outcome, ClientError> {
-    let old = if session.explains() {
-        word(&session.client.get("/v1/mode")?.body)
-    } else {
-        None
-    };
+    let old = if session.explains() { word(&session.client.get("/v1/mode")?.body) } else { None };
     let mut body = Map::new();
     body.insert("mode".into(), json!(mode));
-    for (name, span) in [
-        ("for", &args.lifetime),
-        ("up", &args.up),
-        ("down", &args.down),
-    ] {
+    for (name, span) in [("for", &args.lifetime), ("up", &args.up), ("down", &args.down)] {
         if let Some(span) = span {
             body.insert(name.into(), json!(span.text));
         }
     }
     let reply = session.client.put("/v1/mode", &Value::Object(body))?;
     let what = sentence(&reply.body);
-    let undo = old
-        .filter(|old| old != mode)
-        .unwrap_or_else(|| "allow_writes".to_owned());
-    let undo = if mode == undo {
-        Vec::new()
-    } else {
-        vec![session.undo(&format!("mode {}", quoted(&undo)))]
-    };
+    let undo = old.filter(|old| old != mode).unwrap_or_else(|| "allow_writes".to_owned());
+    let undo = if mode == undo { Vec::new() } else { vec![session.undo(&format!("mode {}", quoted(&undo)))] };
     Ok(changed(reply, what, undo))
 }
 
 fn word(body: &Value) -> Option<String> {
-    body.get("mode")
-        .and_then(Value::as_str)
-        .map(ToOwned::to_owned)
+    body.get("mode").and_then(Value::as_str).map(ToOwned::to_owned)
 }
 
 fn sentence(body: &Value) -> String {

@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use crate::client::instances::{self, lexical};
 use crate::client::{ClientError, exit};
+use crate::daemon;
 
 use super::rule;
 use super::session::World;
@@ -84,17 +85,25 @@ pub struct Prepared {
     pub options: Vec<String>,
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// PLACEHOLDER, to be replaced by the call of the daemon: `crate::daemon::run(options, |line| report.ready(line))`, whose
-// failure goes to `report.failed(exit, error, hint)`. Nothing else in this file knows the daemon.
-fn serve(prepared: &Prepared, report: &Report) -> u8 {
-    let error = format!(
-        "this build cannot serve {} yet: it has no daemon",
-        prepared.mountpoint.display()
-    );
-    report.failed(exit::FAILED, &error, None)
+/// Mounts and serves until the mount has ended.
+fn serve(prepared: Prepared, report: &Report) -> u8 {
+    let options = daemon::Options {
+        backing: prepared.backing,
+        mountpoint: prepared.mountpoint,
+        instance: prepared.instance,
+        run_dir: prepared.run_dir,
+        socket: prepared.socket,
+        log: prepared.log,
+        rules: prepared.rules,
+        readers: prepared.readers,
+        seed: prepared.seed,
+        mount_options: prepared.options,
+    };
+    match daemon::run(options, |line| report.ready(line)) {
+        Ok(()) => exit::DONE,
+        Err(failure) => report.failed(failure.exit, &failure.error, failure.hint.as_deref()),
+    }
 }
-// ---------------------------------------------------------------------------------------------------------------------
 
 pub fn run(world: &World, args: &MountArgs) -> u8 {
     let done = match args.ready_fd {
@@ -114,26 +123,19 @@ pub struct Report {
 enum Voice {
     /// The pipe to the parent.
     Parent(File),
-    #[cfg_attr(not(test), allow(dead_code))] // PLACEHOLDER: until `serve` calls the daemon.
     /// The terminal of `--foreground`, with its standard error as it was before the log took its place.
     Terminal { quiet: bool, errors: Option<File> },
 }
 
 impl Report {
     fn new(voice: Voice) -> Self {
-        Report {
-            once: Mutex::new(Some(voice)),
-        }
+        Report { once: Mutex::new(Some(voice)) }
     }
 
     fn take(&self) -> Option<Voice> {
-        self.once
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.once.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    #[cfg_attr(not(test), allow(dead_code))] // PLACEHOLDER: until `serve` calls the daemon.
     /// The mountpoint and the socket answer. `line` is the stable line of the contract.
     pub fn ready(&self, line: &str) {
         let line = line.trim_end();
@@ -152,9 +154,7 @@ impl Report {
 
     /// The daemon cannot start, or had to end. Gives the exit code back.
     pub fn failed(&self, exit: u8, error: &str, hint: Option<&str>) -> u8 {
-        let hint = hint
-            .map(|hint| format!("hint: {hint}\n"))
-            .unwrap_or_default();
+        let hint = hint.map(|hint| format!("hint: {hint}\n")).unwrap_or_default();
         let text = format!("error: {error}\n{hint}");
         let _ = match self.take() {
             Some(Voice::Parent(mut pipe)) => {
@@ -162,13 +162,8 @@ impl Report {
                 let _ = io::stderr().write_all(text.as_bytes());
                 pipe.write_all(format!("exit {exit}\n{text}").as_bytes())
             }
-            Some(Voice::Terminal {
-                errors: Some(mut errors),
-                ..
-            }) => errors.write_all(text.as_bytes()),
-            Some(Voice::Terminal { errors: None, .. }) | None => {
-                io::stderr().write_all(text.as_bytes())
-            }
+            Some(Voice::Terminal { errors: Some(mut errors), .. }) => errors.write_all(text.as_bytes()),
+            Some(Voice::Terminal { errors: None, .. }) | None => io::stderr().write_all(text.as_bytes()),
         };
         exit
     }
@@ -181,11 +176,8 @@ fn foreground(world: &World, args: &MountArgs) -> Result<u8, ClientError> {
         None => None,
         Some(log) => Some(errors_into(log).map_err(|error| cannot_open(log, &error))?),
     };
-    let report = Report::new(Voice::Terminal {
-        quiet: world.console.quiet,
-        errors,
-    });
-    Ok(serve(&prepared, &report))
+    let report = Report::new(Voice::Terminal { quiet: world.console.quiet, errors });
+    Ok(serve(prepared, &report))
 }
 
 /// Puts the log in the place of standard error, and gives what that was.
@@ -200,9 +192,7 @@ fn errors_into(log: &Path) -> io::Result<File> {
 fn child(world: &World, args: &MountArgs, fd: i32) -> Result<u8, ClientError> {
     close_what_was_inherited(fd);
     // Opening the pipe anew makes it a file of ours that no program we start inherits.
-    let pipe = OpenOptions::new()
-        .write(true)
-        .open(format!("/proc/self/fd/{fd}"));
+    let pipe = OpenOptions::new().write(true).open(format!("/proc/self/fd/{fd}"));
     let pipe = pipe.map_err(|error| ClientError::usage(format!("--ready-fd {fd}: {error}")))?;
     let _ = nix::unistd::close(fd);
     let report = Report::new(Voice::Parent(pipe));
@@ -210,7 +200,7 @@ fn child(world: &World, args: &MountArgs, fd: i32) -> Result<u8, ClientError> {
         return Ok(report.failed(exit::FAILED, &format!("setsid: {error}"), None));
     }
     match prepare(world.run_dir, args) {
-        Ok(prepared) => Ok(serve(&prepared, &report)),
+        Ok(prepared) => Ok(serve(prepared, &report)),
         Err(error) => {
             let hint = error.problem.get("hint").and_then(Value::as_str);
             Ok(report.failed(error.exit, error.detail(), hint))
@@ -224,10 +214,7 @@ fn close_what_was_inherited(ready_fd: i32) {
     let Ok(open) = fs::read_dir("/proc/self/fd") else {
         return;
     };
-    let numbers: Vec<i32> = open
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect();
+    let numbers: Vec<i32> = open.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     for fd in numbers.into_iter().filter(|fd| *fd > 2 && *fd != ready_fd) {
         // That of the listing itself is among them, and closed already.
         let _ = nix::unistd::close(fd);
@@ -238,18 +225,15 @@ fn parent(world: &World, args: &MountArgs) -> Result<u8, ClientError> {
     let prepared = prepare(world.run_dir, args)?;
     let log = prepared.log.as_deref().unwrap_or(Path::new("/dev/null"));
     let end_of_log = fs::metadata(log).map(|meta| meta.len()).unwrap_or_default();
-    let (reader, mut daemon) =
-        start(&prepared).map_err(|error| ClientError::failed(format!("mount: {error}")))?;
+    let (reader, mut daemon) = start(&prepared).map_err(|error| ClientError::failed(format!("mount: {error}")))?;
     match hear(reader) {
         Some(words) if !words.is_empty() => Ok(tell(world, &words)),
         Some(_) => Err(died(&mut daemon, log, end_of_log)),
         None => {
             end(&daemon);
             let limit = humantime::format_duration(START_LIMIT);
-            Err(ClientError::timed_out(format!(
-                "the daemon is not ready after {limit}, and was told to end"
-            ))
-            .hint(format!("its log is {}", log.display())))
+            Err(ClientError::timed_out(format!("the daemon is not ready after {limit}, and was told to end"))
+                .hint(format!("its log is {}", log.display())))
         }
     }
 }
@@ -266,11 +250,7 @@ fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Prepared, ClientError> {
         None => lexical(&run_dir.join(format!("{instance}{suffix}"))),
     };
     let (socket, log) = (own(&args.socket, ".sock"), own(&args.log, ".log"));
-    for (what, path) in [
-        ("the socket", &socket),
-        ("the log", &log),
-        ("the run directory", &lexical(run_dir)),
-    ] {
+    for (what, path) in [("the socket", &socket), ("the log", &log), ("the run directory", &lexical(run_dir))] {
         if path.starts_with(&mountpoint) {
             let detail = format!("{what} {} would lie under the mountpoint", path.display());
             return Err(ClientError::failed(detail).hint("use --socket, --log, NEMESISFS_RUNDIR"));
@@ -300,10 +280,7 @@ fn rules_of(file: &Path) -> Result<Vec<Value>, ClientError> {
     let set = rule::load(&file.to_string_lossy())?;
     match set.get("rules").and_then(Value::as_array) {
         Some(rules) => Ok(rules.clone()),
-        None => Err(ClientError::failed(format!(
-            "{}: \"rules\" is not a list",
-            file.display()
-        ))),
+        None => Err(ClientError::failed(format!("{}: \"rules\" is not a list", file.display()))),
     }
 }
 
@@ -312,16 +289,14 @@ fn instance_name(name: &str) -> Result<String, String> {
     if safe(name) == name {
         Ok(name.to_owned())
     } else {
-        Err("a name is made of letters, digits, dot, dash and underscore, and begins with none of the last three".into())
+        Err("a name is made of letters, digits, dot, dash and underscore, and begins with none of the last three"
+            .into())
     }
 }
 
 fn safe(name: &str) -> String {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    let name: String = name
-        .chars()
-        .map(|c| if fits(c) { c } else { '_' })
-        .collect();
+    let name: String = name.chars().map(|c| if fits(c) { c } else { '_' }).collect();
     match name.trim_start_matches(['.', '-', '_']) {
         "" => "root".to_owned(),
         name => name.chars().take(64).collect(),
@@ -331,37 +306,24 @@ fn safe(name: &str) -> String {
 /// The last part of the mountpoint, with a number if an instance that lives has that name.
 fn free_name(run_dir: &Path, mountpoint: &Path) -> Result<String, ClientError> {
     let name = safe(&mountpoint.file_name().unwrap_or_default().to_string_lossy());
-    let living = instances::living(run_dir)
-        .map_err(|error| ClientError::failed(format!("{}: {error}", run_dir.display())))?;
+    let living =
+        instances::living(run_dir).map_err(|error| ClientError::failed(format!("{}: {error}", run_dir.display())))?;
     // The same mountpoint again is for the daemon to refuse, and not a reason for another name.
-    let taken = |name: &str| {
-        living
-            .iter()
-            .any(|other| other.state.instance == name && !other.is_mounted_at(mountpoint))
-    };
+    let taken =
+        |name: &str| living.iter().any(|other| other.state.instance == name && !other.is_mounted_at(mountpoint));
     let numbered = (2..).map(|number| format!("{name}-{number}"));
-    Ok(std::iter::once(name.clone())
-        .chain(numbered)
-        .find(|name| !taken(name))
-        .unwrap_or(name))
+    Ok(std::iter::once(name.clone()).chain(numbered).find(|name| !taken(name)).unwrap_or(name))
 }
 
 fn open_log(path: &Path) -> io::Result<File> {
     if let Some(dir) = path.parent() {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(dir)?;
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(dir)?;
     }
     OpenOptions::new().create(true).append(true).open(path)
 }
 
 fn cannot_open(log: &Path, error: &io::Error) -> ClientError {
-    ClientError::failed(format!(
-        "the log {} cannot be opened: {error}",
-        log.display()
-    ))
-    .hint("--log FILE names another")
+    ClientError::failed(format!("the log {} cannot be opened: {error}", log.display())).hint("--log FILE names another")
 }
 
 /// The words of the child's command line.
@@ -385,11 +347,7 @@ fn child_words(prepared: &Prepared, ready_fd: i32) -> Vec<std::ffi::OsString> {
         flag("-o", prepared.options.join(",").into());
     }
     flag("--ready-fd", ready_fd.to_string().into());
-    words.extend([
-        "--".into(),
-        prepared.backing.clone().into(),
-        prepared.mountpoint.clone().into(),
-    ]);
+    words.extend(["--".into(), prepared.backing.clone().into(), prepared.mountpoint.clone().into()]);
     words
 }
 
@@ -403,10 +361,7 @@ fn start(prepared: &Prepared) -> io::Result<(OwnedFd, Child)> {
     let mut command = Command::new(program.unwrap_or_else(|| "/proc/self/exe".into()));
     command
         .arg0("nemesisfs")
-        .args(child_words(
-            prepared,
-            std::os::fd::AsRawFd::as_raw_fd(&writer),
-        ))
+        .args(child_words(prepared, std::os::fd::AsRawFd::as_raw_fd(&writer)))
         .env("NEMESISFS_RUNDIR", &prepared.run_dir)
         .env_remove("NEMESISFS_HOST")
         .current_dir("/")
@@ -430,10 +385,7 @@ fn hear(reader: OwnedFd) -> Option<String> {
 
 fn tell(world: &World, words: &str) -> u8 {
     let (head, message) = words.split_once('\n').unwrap_or((words, ""));
-    let code = head
-        .strip_prefix("exit ")
-        .and_then(|code| code.parse().ok())
-        .unwrap_or(exit::FAILED);
+    let code = head.strip_prefix("exit ").and_then(|code| code.parse().ok()).unwrap_or(exit::FAILED);
     if code != exit::DONE {
         let mut told = ClientError::failed(line_of(message, "error: ").unwrap_or(message));
         told.exit = code;
@@ -443,11 +395,8 @@ fn tell(world: &World, words: &str) -> u8 {
         });
     }
     for line in message.lines() {
-        let told = if world.console.json {
-            world.console.document(&as_document(line))
-        } else {
-            world.console.line(line)
-        };
+        let told =
+            if world.console.json { world.console.document(&as_document(line)) } else { world.console.line(line) };
         if told.is_err() {
             break;
         }
@@ -462,47 +411,25 @@ fn line_of<'a>(message: &'a str, prefix: &str) -> Option<&'a str> {
 /// `ready instance=n1 mount=/mnt …` as a document. A value may have blanks in it, so it ends where the next key begins.
 fn as_document(line: &str) -> Value {
     const KEYS: [&str; 5] = ["instance", "mount", "socket", "pid", "log"];
-    let starts: Vec<(usize, &str)> = KEYS
-        .iter()
-        .filter_map(|key| line.find(&format!(" {key}=")).map(|at| (at, *key)))
-        .collect();
+    let starts: Vec<(usize, &str)> =
+        KEYS.iter().filter_map(|key| line.find(&format!(" {key}=")).map(|at| (at, *key))).collect();
     let mut document = serde_json::Map::new();
     for (at, key) in &starts {
         let from = at + key.len() + 2;
-        let to = starts
-            .iter()
-            .map(|(other, _)| *other)
-            .filter(|other| other > at)
-            .min()
-            .unwrap_or(line.len());
+        let to = starts.iter().map(|(other, _)| *other).filter(|other| other > at).min().unwrap_or(line.len());
         let text = line.get(from..to).unwrap_or_default();
-        let number = if *key == "pid" {
-            text.parse::<i64>().ok()
-        } else {
-            None
-        };
-        document.insert(
-            (*key).to_owned(),
-            number.map_or_else(|| Value::from(text), Value::from),
-        );
+        let number = if *key == "pid" { text.parse::<i64>().ok() } else { None };
+        document.insert((*key).to_owned(), number.map_or_else(|| Value::from(text), Value::from));
     }
     Value::Object(document)
 }
 
 fn died(daemon: &mut Child, log: &Path, end_of_log: u64) -> ClientError {
-    let how = daemon
-        .wait()
-        .map_or_else(|error| error.to_string(), |status| status.to_string());
+    let how = daemon.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
     let last = last_lines(log, end_of_log).unwrap_or_default();
-    let said = if last.is_empty() {
-        "and logged nothing".to_owned()
-    } else {
-        format!("and logged:\n{last}")
-    };
-    ClientError::failed(format!(
-        "the daemon died before it was ready ({how}) {said}"
-    ))
-    .hint(format!("its log is {}", log.display()))
+    let said = if last.is_empty() { "and logged nothing".to_owned() } else { format!("and logged:\n{last}") };
+    ClientError::failed(format!("the daemon died before it was ready ({how}) {said}"))
+        .hint(format!("its log is {}", log.display()))
 }
 
 /// The last lines of what was logged since the start.
@@ -514,19 +441,13 @@ fn last_lines(log: &Path, from: u64) -> io::Result<String> {
     file.read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
     let lines: Vec<String> = text.lines().map(|line| format!("  {line}")).collect();
-    Ok(lines
-        .get(lines.len().saturating_sub(10)..)
-        .unwrap_or_default()
-        .join("\n"))
+    Ok(lines.get(lines.len().saturating_sub(10)..).unwrap_or_default().join("\n"))
 }
 
 /// A daemon that is told to end unmounts what it has mounted.
 fn end(daemon: &Child) {
     if let Ok(pid) = i32::try_from(daemon.id()) {
-        let _ = nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(pid),
-            nix::sys::signal::Signal::SIGTERM,
-        );
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM);
     }
 }
 
@@ -556,12 +477,7 @@ mod tests {
     #[test]
     fn an_instance_is_named_after_its_mountpoint_and_numbered_when_that_name_lives() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(
-            prepare(dir.path(), &args("/mnt/my data/"))
-                .unwrap()
-                .instance,
-            "my_data"
-        );
+        assert_eq!(prepare(dir.path(), &args("/mnt/my data/")).unwrap().instance, "my_data");
         let state = State {
             instance: "data".into(),
             pid: 1,
@@ -572,19 +488,12 @@ mod tests {
         };
         let file = dir.path().join("data.json");
         fs::write(&file, serde_json::to_vec(&state).unwrap()).unwrap();
-        assert_eq!(
-            prepare(dir.path(), &args("/mnt/data")).unwrap().instance,
-            "data"
-        );
-        let _lock =
-            Flock::lock(File::open(&file).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
+        assert_eq!(prepare(dir.path(), &args("/mnt/data")).unwrap().instance, "data");
+        let _lock = Flock::lock(File::open(&file).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
         let prepared = prepare(dir.path(), &args("/mnt/data")).unwrap();
         assert_eq!(prepared.instance, "data-2");
         assert_eq!(prepared.socket, dir.path().join("data-2.sock"));
-        assert_eq!(
-            prepare(dir.path(), &args("/a/data")).unwrap().instance,
-            "data"
-        );
+        assert_eq!(prepare(dir.path(), &args("/a/data")).unwrap().instance, "data");
     }
 
     #[test]
@@ -607,9 +516,7 @@ mod tests {
         let prepared = prepare(dir.path(), &wanted).unwrap();
         let words = std::iter::once("nemesisfs".into()).chain(child_words(&prepared, 9));
         let cli = crate::cli::Cli::try_parse_from(words).unwrap();
-        let crate::cli::Verb::Mount(read) = cli.verb else {
-            panic!("not a mount")
-        };
+        let crate::cli::Verb::Mount(read) = cli.verb else { panic!("not a mount") };
         assert_eq!(read.ready_fd, Some(9));
         assert_eq!(prepare(dir.path(), &read).unwrap(), prepared);
     }
@@ -632,10 +539,7 @@ mod tests {
         let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let report = Report::new(Voice::Parent(writer.into()));
         assert_eq!(report.failed(5, "no FUSE here", Some("modprobe fuse")), 5);
-        assert_eq!(
-            hear(reader).as_deref(),
-            Some("exit 5\nerror: no FUSE here\nhint: modprobe fuse\n")
-        );
+        assert_eq!(hear(reader).as_deref(), Some("exit 5\nerror: no FUSE here\nhint: modprobe fuse\n"));
     }
 
     #[test]

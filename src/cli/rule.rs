@@ -205,9 +205,7 @@ pub fn run(world: &World, command: &RuleCommand) -> u8 {
         },
         RuleCommand::Clear => on_each(world, &clear),
         RuleCommand::Wait(args) => on_each(world, &|session| wait(session, args)),
-        RuleCommand::Release { name, count } => {
-            on_each(world, &|session| release(session, name, *count))
-        }
+        RuleCommand::Release { name, count } => on_each(world, &|session| release(session, name, *count)),
     }
 }
 
@@ -223,11 +221,7 @@ impl AddArgs {
         spec.insert("trigger".into(), self.trigger.document());
         spec.insert("fault".into(), self.fault.document());
         if !self.labels.is_empty() {
-            let labels: Map<String, Value> = self
-                .labels
-                .iter()
-                .map(|(k, v)| (k.clone(), json!(v)))
-                .collect();
+            let labels: Map<String, Value> = self.labels.iter().map(|(k, v)| (k.clone(), json!(v))).collect();
             spec.insert("labels".into(), Value::Object(labels));
         }
         Value::Object(spec)
@@ -260,11 +254,7 @@ impl FaultArgs {
 
 impl MatchArgs {
     fn document(&self) -> Value {
-        let ops = if self.ops.is_empty() {
-            Value::Null
-        } else {
-            json!(self.ops)
-        };
+        let ops = if self.ops.is_empty() { Value::Null } else { json!(self.ops) };
         given(vec![
             ("ops", ops),
             ("path", json!(self.path)),
@@ -320,11 +310,7 @@ fn before(session: &Session, name: &str) -> Result<Option<Value>, ClientError> {
 fn add(session: &Session, name: &str, spec: &Value) -> Result<Outcome, ClientError> {
     let old = before(session, name)?;
     let reply = session.client.put(&path_of(name), spec)?;
-    let state = reply
-        .body
-        .get("state")
-        .and_then(Value::as_str)
-        .unwrap_or("armed");
+    let state = reply.body.get("state").and_then(Value::as_str).unwrap_or("armed");
     let what = format!("rule {name} {state}: {}", sentence(&reply.body));
     let undo = match old.as_ref().and_then(command) {
         Some(words) => session.undo(&words),
@@ -334,9 +320,7 @@ fn add(session: &Session, name: &str, spec: &Value) -> Result<Outcome, ClientErr
 }
 
 fn rules(body: &Value) -> &[Value] {
-    body.get("rules")
-        .and_then(Value::as_array)
-        .map_or(&[], Vec::as_slice)
+    body.get("rules").and_then(Value::as_array).map_or(&[], Vec::as_slice)
 }
 
 fn field(rule: &Value, name: &str) -> String {
@@ -352,9 +336,7 @@ fn list(session: &Session) -> Result<Outcome, ClientError> {
     let rows: Vec<Vec<String>> = rules(&reply.body)
         .iter()
         .map(|rule| {
-            let mut row: Vec<String> = ["name", "state", "matches", "injections"]
-                .map(|name| field(rule, name))
-                .into();
+            let mut row: Vec<String> = ["name", "state", "matches", "injections"].map(|name| field(rule, name)).into();
             row.push(sentence(rule));
             row
         })
@@ -369,16 +351,8 @@ fn list(session: &Session) -> Result<Outcome, ClientError> {
 fn show(session: &Session, name: &str) -> Result<Outcome, ClientError> {
     let reply = session.client.get(&path_of(name))?;
     let rule = &reply.body;
-    let mut lines = vec![format!(
-        "rule {name} {}: {}",
-        field(rule, "state"),
-        sentence(rule)
-    )];
-    lines.push(format!(
-        "matches {}, injections {}",
-        field(rule, "matches"),
-        field(rule, "injections")
-    ));
+    let mut lines = vec![format!("rule {name} {}: {}", field(rule, "state"), sentence(rule))];
+    lines.push(format!("matches {}, injections {}", field(rule, "matches"), field(rule, "injections")));
     lines.push(format!("created {}", field(rule, "created")));
     lines.extend(command(rule).map(|words| format!("made by: {}", session.command(&words))));
     Ok(shown(reply, lines))
@@ -388,10 +362,7 @@ fn remove(session: &Session, name: &str) -> Result<Outcome, ClientError> {
     let old = before(session, name)?;
     let reply = match session.client.delete(&path_of(name)) {
         // Removing what is not there is done already.
-        Err(error) if error.code() == "not_found" => Reply {
-            status: 204,
-            body: Value::Null,
-        },
+        Err(error) if error.code() == "not_found" => Reply { status: 204, body: Value::Null },
         other => other?,
     };
     let what = match &old {
@@ -406,30 +377,16 @@ fn remove(session: &Session, name: &str) -> Result<Outcome, ClientError> {
 fn undo_of(session: &Session, rule: &Value) -> String {
     match (command(rule), rule.as_object()) {
         (Some(words), _) => session.undo(&words),
-        (None, Some(fields)) => format!(
-            "undo: PUT {} {}",
-            path_of(&field(rule, "name")),
-            definition(fields)
-        ),
+        (None, Some(fields)) => format!("undo: PUT {} {}", path_of(&field(rule, "name")), definition(fields)),
         (None, None) => "undo: none".to_owned(),
     }
 }
 
 fn switch(session: &Session, name: &str, enabled: bool) -> Result<Outcome, ClientError> {
-    let reply = session
-        .client
-        .patch(&path_of(name), &json!({"enabled": enabled}))?;
-    let (done, back) = if enabled {
-        ("enabled", "disable")
-    } else {
-        ("disabled", "enable")
-    };
+    let reply = session.client.patch(&path_of(name), &json!({"enabled": enabled}))?;
+    let (done, back) = if enabled { ("enabled", "disable") } else { ("disabled", "enable") };
     let what = format!("rule {name} {done}: {}", sentence(&reply.body));
-    Ok(changed(
-        reply,
-        what,
-        vec![session.undo(&format!("rule {back} {}", quoted(name)))],
-    ))
+    Ok(changed(reply, what, vec![session.undo(&format!("rule {back} {}", quoted(name)))]))
 }
 
 /// All rules as they are now, if somebody will read how to get them back.
@@ -443,18 +400,12 @@ fn all_before(session: &Session) -> Result<Vec<Value>, ClientError> {
 fn apply(session: &Session, set: &Value) -> Result<Outcome, ClientError> {
     let old = all_before(session)?;
     let reply = session.client.put("/v1/rules", set)?;
-    let mut what: Vec<String> = vec![format!(
-        "{} rules in force, in this order",
-        rules(&reply.body).len()
-    )];
-    what.extend(rules(&reply.body).iter().map(|rule| {
-        format!(
-            "  rule {} {}: {}",
-            field(rule, "name"),
-            field(rule, "state"),
-            sentence(rule)
-        )
-    }));
+    let mut what: Vec<String> = vec![format!("{} rules in force, in this order", rules(&reply.body).len())];
+    what.extend(
+        rules(&reply.body)
+            .iter()
+            .map(|rule| format!("  rule {} {}: {}", field(rule, "name"), field(rule, "state"), sentence(rule))),
+    );
     let mut undo = vec![session.undo("rule clear")];
     undo.extend(old.iter().map(|rule| undo_of(session, rule)));
     Ok(changed(reply, what.join("\n"), undo))
@@ -467,11 +418,7 @@ fn clear(session: &Session) -> Result<Outcome, ClientError> {
         names if names.is_empty() => "no rules, nothing to remove".to_owned(),
         names => format!("removed: {names}"),
     };
-    Ok(changed(
-        reply,
-        what,
-        old.iter().map(|rule| undo_of(session, rule)).collect(),
-    ))
+    Ok(changed(reply, what, old.iter().map(|rule| undo_of(session, rule)).collect()))
 }
 
 /// `reset` lives here because what it takes away and may have to bring back are rules.
@@ -483,30 +430,14 @@ pub fn reset(session: &Session) -> Result<Outcome, ClientError> {
         names => format!("rules removed: {names}"),
     };
     let mode = field(&reply.body, "mode");
-    let released = reply
-        .body
-        .get("released")
-        .and_then(Value::as_u64)
-        .unwrap_or_default();
-    let what =
-        format!("reset: {removed}; mode {mode}; capacity off; {released} parked requests went on");
-    let bring_back = old
-        .iter()
-        .filter(|rule| !matches!(field(rule, "name").as_str(), "mode" | "space"));
-    Ok(changed(
-        reply,
-        what,
-        bring_back.map(|rule| undo_of(session, rule)).collect(),
-    ))
+    let released = reply.body.get("released").and_then(Value::as_u64).unwrap_or_default();
+    let what = format!("reset: {removed}; mode {mode}; capacity off; {released} parked requests went on");
+    let bring_back = old.iter().filter(|rule| !matches!(field(rule, "name").as_str(), "mode" | "space"));
+    Ok(changed(reply, what, bring_back.map(|rule| undo_of(session, rule)).collect()))
 }
 
 fn names(body: &Value, key: &str) -> String {
-    let names = body
-        .get(key)
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str);
+    let names = body.get(key).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
     names.collect::<Vec<_>>().join(", ")
 }
 
@@ -520,57 +451,32 @@ fn wait(session: &Session, args: &WaitArgs) -> Result<Outcome, ClientError> {
         ],
     );
     // The daemon keeps the time; this side only gives up on a daemon that has stopped keeping it.
-    let client = session.patient(Some(
-        args.limit.length.saturating_add(Duration::from_secs(10)),
-    ))?;
+    let client = session.patient(Some(args.limit.length.saturating_add(Duration::from_secs(10))))?;
     let reply = client.get(&path)?;
     let body = &reply.body;
     if body.get("fired").and_then(Value::as_bool) == Some(true) {
-        let lines = body
-            .get("event")
-            .filter(|event| event.is_object())
-            .map(events::line);
+        let lines = body.get("event").filter(|event| event.is_object()).map(events::line);
         return Ok(shown(reply.clone(), lines.into_iter().collect()));
     }
     let complaint = format!(
         "error: rule {} has not fired {} within {}: {} matches, state {}",
         args.name,
-        if args.injections == 1 {
-            "once".to_owned()
-        } else {
-            format!("{} times", args.injections)
-        },
+        if args.injections == 1 { "once".to_owned() } else { format!("{} times", args.injections) },
         args.limit.text,
-        body.get("matches")
-            .and_then(Value::as_u64)
-            .unwrap_or_default(),
+        body.get("matches").and_then(Value::as_u64).unwrap_or_default(),
         field(body, "state"),
     );
-    Ok(Outcome {
-        complaints: vec![complaint],
-        exit: exit::TIMED_OUT,
-        ..shown(reply, Vec::new())
-    })
+    Ok(Outcome { complaints: vec![complaint], exit: exit::TIMED_OUT, ..shown(reply, Vec::new()) })
 }
 
 fn release(session: &Session, name: &str, count: Option<u64>) -> Result<Outcome, ClientError> {
-    let reply = session.client.post(
-        &format!("{}/release", path_of(name)),
-        &given(vec![("count", json!(count))]),
-    )?;
-    let released = reply
-        .body
-        .get("released")
-        .and_then(Value::as_u64)
-        .unwrap_or_default();
+    let reply = session.client.post(&format!("{}/release", path_of(name)), &given(vec![("count", json!(count))]))?;
+    let released = reply.body.get("released").and_then(Value::as_u64).unwrap_or_default();
     let what = format!("{released} requests go on; rule {name} is as before");
     Ok(changed(
         reply,
         what,
-        vec![format!(
-            "undo: none; to stall no more: {}",
-            session.command(&format!("rule rm {}", quoted(name)))
-        )],
+        vec![format!("undo: none; to stall no more: {}", session.command(&format!("rule rm {}", quoted(name))))],
     ))
 }
 
@@ -586,14 +492,12 @@ pub fn load(file: &str) -> Result<Value, ClientError> {
 }
 
 fn parse(text: &str) -> Result<Value, String> {
-    let document: Value =
-        if text.trim_start().starts_with(['{', '[']) && !text.trim_start().starts_with("[[") {
-            // A table header of TOML begins like a list of JSON, and what fails as the one may be the other.
-            serde_json::from_str(text)
-                .or_else(|error| toml::from_str(text).map_err(|_| error.to_string()))?
-        } else {
-            toml::from_str(text).map_err(|error| error.to_string())?
-        };
+    let document: Value = if text.trim_start().starts_with(['{', '[']) && !text.trim_start().starts_with("[[") {
+        // A table header of TOML begins like a list of JSON, and what fails as the one may be the other.
+        serde_json::from_str(text).or_else(|error| toml::from_str(text).map_err(|_| error.to_string()))?
+    } else {
+        toml::from_str(text).map_err(|error| error.to_string())?
+    };
     Ok(as_set(document))
 }
 
@@ -636,19 +540,14 @@ mod tests {
             assert_eq!(parse(text).unwrap(), set, "{text}");
         }
         assert_eq!(parse("").unwrap(), json!({"rules": []}));
-        assert_eq!(
-            parse("[fault]\nkind = \"drop\"\n").unwrap(),
-            json!({"rules": [{"fault": {"kind": "drop"}}]})
-        );
+        assert_eq!(parse("[fault]\nkind = \"drop\"\n").unwrap(), json!({"rules": [{"fault": {"kind": "drop"}}]}));
     }
 
     #[test]
     fn a_listing_can_be_applied_again_and_other_unknown_fields_stay_for_the_server_to_refuse() {
-        let listing = "{\"rules\":[{\"name\":\"a\",\"matches\":1,\"state\":\"armed\",\"x\":1}],\"cursor\":\"b-1\",\"y\":2}";
-        assert_eq!(
-            parse(listing).unwrap(),
-            json!({"rules": [{"name": "a", "x": 1}], "y": 2})
-        );
+        let listing =
+            "{\"rules\":[{\"name\":\"a\",\"matches\":1,\"state\":\"armed\",\"x\":1}],\"cursor\":\"b-1\",\"y\":2}";
+        assert_eq!(parse(listing).unwrap(), json!({"rules": [{"name": "a", "x": 1}], "y": 2}));
         assert!(parse("not a rule").is_err());
     }
 }

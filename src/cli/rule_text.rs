@@ -15,26 +15,11 @@ struct Field {
 }
 
 const fn field(section: &'static str, name: &'static str, flag: &'static str) -> Field {
-    Field {
-        section,
-        name,
-        flag,
-        default: None,
-    }
+    Field { section, name, flag, default: None }
 }
 
-const fn field_or(
-    section: &'static str,
-    name: &'static str,
-    flag: &'static str,
-    default: &'static str,
-) -> Field {
-    Field {
-        section,
-        name,
-        flag,
-        default: Some(default),
-    }
+const fn field_or(section: &'static str, name: &'static str, flag: &'static str, default: &'static str) -> Field {
+    Field { section, name, flag, default: Some(default) }
 }
 
 const FIELDS: &[Field] = &[
@@ -75,12 +60,7 @@ const FIELDS: &[Field] = &[
 pub fn command(rule: &Value) -> Option<String> {
     let mut words = vec!["rule add".to_owned(), quoted(rule.get("name")?.as_str()?)];
     for section in ["fault", "match", "trigger"] {
-        for (name, value) in rule
-            .get(section)
-            .and_then(Value::as_object)
-            .into_iter()
-            .flatten()
-        {
+        for (name, value) in rule.get(section).and_then(Value::as_object).into_iter().flatten() {
             words.extend(flag(section, name, value)?);
         }
     }
@@ -90,16 +70,8 @@ pub fn command(rule: &Value) -> Option<String> {
     if rule.get("required") == Some(&Value::Bool(true)) {
         words.push("--required".to_owned());
     }
-    for (key, value) in rule
-        .get("labels")
-        .and_then(Value::as_object)
-        .into_iter()
-        .flatten()
-    {
-        words.push(format!(
-            "--label {}",
-            quoted(&format!("{key}={}", value.as_str()?))
-        ));
+    for (key, value) in rule.get("labels").and_then(Value::as_object).into_iter().flatten() {
+        words.push(format!("--label {}", quoted(&format!("{key}={}", value.as_str()?))));
     }
     Some(words.join(" "))
 }
@@ -109,9 +81,7 @@ fn flag(section: &str, name: &str, value: &Value) -> Option<Option<String>> {
     let Some(text) = plain(value)? else {
         return Some(None);
     };
-    let field = FIELDS
-        .iter()
-        .find(|field| field.section == section && field.name == name)?;
+    let field = FIELDS.iter().find(|field| field.section == section && field.name == name)?;
     if field.default == Some(text.as_str()) {
         return Some(None);
     }
@@ -141,18 +111,12 @@ pub fn sentence(rule: &Value) -> String {
     words.extend(text("fault", "errno"));
     words.extend(text("fault", "delay"));
     words.extend(text("fault", "jitter").map(|jitter| format!("±{jitter}")));
-    words.push(format!(
-        "on {}",
-        text("match", "ops").unwrap_or_else(|| "every operation".to_owned())
-    ));
+    words.push(format!("on {}", text("match", "ops").unwrap_or_else(|| "every operation".to_owned())));
     words.extend(text("match", "path").map(|path| format!("of {path}")));
     words.extend(text("match", "offset").map(|range| format!("in {range}")));
     words.extend(text("match", "pid").map(|pid| format!("by pid {pid}")));
     words.extend(text("match", "uid").map(|uid| format!("by uid {uid}")));
-    let when: Vec<String> = conditions(&text)
-        .into_iter()
-        .map(|condition| format!(", {condition}"))
-        .collect();
+    let when: Vec<String> = conditions(&text).into_iter().map(|condition| format!(", {condition}")).collect();
     words.join(" ") + &when.concat()
 }
 
@@ -179,22 +143,12 @@ fn word(rule: &Value, section: &str, name: &str) -> Option<String> {
 }
 
 /// What the server adds to a rule; a client that sends a rule back leaves it out.
-const ADDED: [&str; 6] = [
-    "matches",
-    "injections",
-    "created",
-    "state",
-    "cursor",
-    "pending",
-];
+const ADDED: [&str; 6] = ["matches", "injections", "created", "state", "cursor", "pending"];
 
 /// A rule as it was sent, from a rule as it was received.
 pub fn definition(rule: &Map<String, Value>) -> Value {
     Value::Object(
-        rule.iter()
-            .filter(|(key, _)| !ADDED.contains(&key.as_str()))
-            .map(|(k, v)| (k.clone(), v.clone()))
-            .collect(),
+        rule.iter().filter(|(key, _)| !ADDED.contains(&key.as_str())).map(|(k, v)| (k.clone(), v.clone())).collect(),
     )
 }
 
@@ -212,14 +166,8 @@ mod tests {
 
     #[test]
     fn a_rule_is_told_by_what_it_does_where_and_when() {
-        assert_eq!(
-            sentence(&rule()),
-            "error EIO on write,fsync of /pg_wal/**, once, for 5m"
-        );
-        assert_eq!(
-            sentence(&json!({"fault": {"kind": "stall"}})),
-            "stall on every operation"
-        );
+        assert_eq!(sentence(&rule()), "error EIO on write,fsync of /pg_wal/**, once, for 5m");
+        assert_eq!(sentence(&json!({"fault": {"kind": "stall"}})), "stall on every operation");
     }
 
     #[test]
@@ -234,9 +182,6 @@ mod tests {
     #[test]
     fn a_rule_that_no_flags_express_has_no_command() {
         let errors = json!([{"errno": "EIO", "weight": 1}]);
-        assert_eq!(
-            command(&json!({"name": "a", "fault": {"kind": "error", "errors": errors}})),
-            None
-        );
+        assert_eq!(command(&json!({"name": "a", "fault": {"kind": "error", "errors": errors}})), None);
     }
 }

@@ -39,34 +39,20 @@ pub fn on_each(world: &World, verb: Verb) -> u8 {
     };
     let several = targets.len() > 1;
     std::thread::scope(|scope| {
-        let running: Vec<_> = targets
-            .iter()
-            .map(|target| {
-                (
-                    target,
-                    scope.spawn(move || on_one(world, target, several, verb)),
-                )
-            })
-            .collect();
-        let codes = running
-            .into_iter()
-            .map(|(target, thread)| match thread.join() {
-                Ok((target, result)) => world.console.result(&target, several, result),
-                Err(_) => {
-                    let error = ClientError::failed("the command failed by a fault of its own");
-                    world.console.result(target, several, Err(error))
-                }
-            });
+        let running: Vec<_> =
+            targets.iter().map(|target| (target, scope.spawn(move || on_one(world, target, several, verb)))).collect();
+        let codes = running.into_iter().map(|(target, thread)| match thread.join() {
+            Ok((target, result)) => world.console.result(&target, several, result),
+            Err(_) => {
+                let error = ClientError::failed("the command failed by a fault of its own");
+                world.console.result(target, several, Err(error))
+            }
+        });
         codes.max().unwrap_or(exit::DONE)
     })
 }
 
-fn on_one(
-    world: &World,
-    target: &Target,
-    several: bool,
-    verb: Verb,
-) -> (Target, Result<Outcome, ClientError>) {
+fn on_one(world: &World, target: &Target, several: bool, verb: Verb) -> (Target, Result<Outcome, ClientError>) {
     let session = match Session::open(world, target, several) {
         Ok(session) => session,
         Err(error) => return (target.clone(), Err(error)),
@@ -87,13 +73,7 @@ impl<'a> Session<'a> {
                 target.name = name.to_owned();
             }
         }
-        Ok(Session {
-            client,
-            target,
-            console: world.console,
-            several,
-            connect_timeout,
-        })
+        Ok(Session { client, target, console: world.console, several, connect_timeout })
     }
 
     /// A client of the same host that waits for each answer as long as `limit` says.
@@ -109,10 +89,7 @@ impl<'a> Session<'a> {
     /// A command line for this very host.
     pub fn command(&self, words: &str) -> String {
         if self.target.chosen {
-            format!(
-                "nemesisfs -H {} {words}",
-                super::args::quoted(&self.target.host.to_string())
-            )
+            format!("nemesisfs -H {} {words}", super::args::quoted(&self.target.host.to_string()))
         } else {
             format!("nemesisfs {words}")
         }
@@ -134,26 +111,13 @@ pub fn changed(reply: Reply, what: String, undo: Vec<String>) -> Outcome {
 
 /// The outcome of a question.
 pub fn shown(reply: Reply, lines: Vec<String>) -> Outcome {
-    Outcome {
-        lines,
-        status: reply.status,
-        body: Some(reply.body),
-        ..Outcome::default()
-    }
+    Outcome { lines, status: reply.status, body: Some(reply.body), ..Outcome::default() }
 }
 
 fn pending(body: &Value) -> Option<String> {
-    let paths: Vec<&str> = body
-        .get("pending")?
-        .as_array()?
-        .iter()
-        .filter_map(Value::as_str)
-        .collect();
+    let paths: Vec<&str> = body.get("pending")?.as_array()?.iter().filter_map(Value::as_str).collect();
     match paths.as_slice() {
         [] => None,
-        paths => Some(format!(
-            "pending: still cached, an event will tell when not: {}",
-            paths.join(" ")
-        )),
+        paths => Some(format!("pending: still cached, an event will tell when not: {}", paths.join(" "))),
     }
 }

@@ -85,11 +85,7 @@ fn clear(session: &Session) -> Result<Outcome, ClientError> {
     let old = before(session)?;
     let reply = session.client.delete("/v1/space")?;
     let what = limits(&reply.body);
-    Ok(changed(
-        reply,
-        what,
-        old.map(|words| session.undo(&words)).into_iter().collect(),
-    ))
+    Ok(changed(reply, what, old.map(|words| session.undo(&words)).into_iter().collect()))
 }
 
 /// The command that asked for the limit that is in force, if somebody will read it.
@@ -98,19 +94,12 @@ fn before(session: &Session) -> Result<Option<String>, ClientError> {
         return Ok(None);
     }
     let body = session.client.get("/v1/space")?.body;
-    let requested = body
-        .pointer("/virtual/requested")
-        .and_then(Value::as_object);
+    let requested = body.pointer("/virtual/requested").and_then(Value::as_object);
     Ok(requested.map(|requested| {
-        let flags = requested
-            .iter()
-            .filter(|(_, value)| !value.is_null())
-            .map(|(name, value)| {
-                let text = value
-                    .as_str()
-                    .map_or_else(|| value.to_string(), ToOwned::to_owned);
-                format!(" --{name} {}", quoted(&text))
-            });
+        let flags = requested.iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| {
+            let text = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+            format!(" --{name} {}", quoted(&text))
+        });
         format!("space virtual{}", flags.collect::<String>())
     }))
 }
@@ -130,24 +119,12 @@ fn limits(body: &Value) -> String {
 fn statfs(body: &Value) -> String {
     let number = |name: &str| body.get("statfs")?.get(name)?.as_u64();
     let size = number("block_size").unwrap_or(1);
-    let amount = |name| {
-        number(name).map_or_else(
-            || "?".to_owned(),
-            |blocks| size_text(blocks.saturating_mul(size)),
-        )
-    };
-    format!(
-        "statfs: {} in all, {} free, {} available",
-        amount("blocks"),
-        amount("free"),
-        amount("available")
-    )
+    let amount = |name| number(name).map_or_else(|| "?".to_owned(), |blocks| size_text(blocks.saturating_mul(size)));
+    format!("statfs: {} in all, {} free, {} available", amount("blocks"), amount("free"), amount("available"))
 }
 
 fn bytes(value: Option<&Value>) -> String {
-    value
-        .and_then(Value::as_u64)
-        .map_or_else(|| "?".to_owned(), size_text)
+    value.and_then(Value::as_u64).map_or_else(|| "?".to_owned(), size_text)
 }
 
 fn size_text(bytes: u64) -> String {
@@ -158,29 +135,12 @@ fn size_text(bytes: u64) -> String {
 pub fn evict(session: &Session, path: Option<&str>) -> Result<Outcome, ClientError> {
     let body = path.map_or_else(|| json!({}), |path| json!({"path": path}));
     let reply = session.client.post("/v1/evict", &body)?;
-    let evicted = reply
-        .body
-        .get("evicted")
-        .and_then(Value::as_array)
-        .map_or(&[][..], Vec::as_slice);
-    let mut lines = vec![format!(
-        "{} files show again what the disk has kept",
-        evicted.len()
-    )];
+    let evicted = reply.body.get("evicted").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let mut lines = vec![format!("{} files show again what the disk has kept", evicted.len())];
     lines.extend(evicted.iter().map(|file| {
         let path = file.get("path").and_then(Value::as_str).unwrap_or("?");
-        let writes = file
-            .get("writes")
-            .and_then(Value::as_u64)
-            .unwrap_or_default();
-        format!(
-            "  {path}: {writes} writes, {} lost",
-            bytes(file.get("bytes"))
-        )
+        let writes = file.get("writes").and_then(Value::as_u64).unwrap_or_default();
+        format!("  {path}: {writes} writes, {} lost", bytes(file.get("bytes")))
     }));
-    Ok(changed(
-        reply,
-        lines.join("\n"),
-        vec!["undo: none; what was dropped is lost".to_owned()],
-    ))
+    Ok(changed(reply, lines.join("\n"), vec!["undo: none; what was dropped is lost".to_owned()]))
 }

@@ -56,17 +56,8 @@ fn ran(fake: &Fake, words: &str) -> Ran {
     let words = format!("nemesisfs {words}");
     let cli = Cli::try_parse_from(shlex::split(&words).unwrap()).unwrap();
     let (out, err) = (Paper::default(), Paper::default());
-    let console = Console::new(
-        Box::new(out.clone()),
-        Box::new(err.clone()),
-        cli.globals.json,
-        cli.globals.quiet,
-    );
-    Ran {
-        exit: run(&cli, fake.dir(), &console),
-        out,
-        err,
-    }
+    let console = Console::new(Box::new(out.clone()), Box::new(err.clone()), cli.globals.json, cli.globals.quiet);
+    Ran { exit: run(&cli, fake.dir(), &console), out, err }
 }
 
 /// Runs a command on `fake`, chosen by its socket.
@@ -119,10 +110,7 @@ fn rule_add_sends_the_rule_and_tells_what_it_did_and_how_to_undo_it() {
     );
     assert_eq!(
         ran.out.lines(),
-        [
-            "rule wal-eio armed: error EIO on write,fsync of /pg_wal/**",
-            "undo: nemesisfs rule rm wal-eio"
-        ]
+        ["rule wal-eio armed: error EIO on write,fsync of /pg_wal/**", "undo: nemesisfs rule rm wal-eio"]
     );
     assert_eq!((ran.exit, ran.err.text().as_str()), (exit::DONE, ""));
     let sent = fake.seen().pop().unwrap().1;
@@ -145,10 +133,7 @@ fn what_is_pending_is_said_and_replacing_is_undone_by_the_old_rule() {
     fake.answer("PUT /v1/rules/wal-eio", 200, new);
     let ran = ran_on(&fake, "rule add wal-eio --kind error --errno EIO");
     let lines = ran.out.lines();
-    assert!(
-        lines[1].starts_with("pending: ") && lines[1].ends_with(" /pg_wal/1"),
-        "{lines:?}"
-    );
+    assert!(lines[1].starts_with("pending: ") && lines[1].ends_with(" /pg_wal/1"), "{lines:?}");
     let undo = format!(
         "undo: nemesisfs -H {} rule add wal-eio --kind error --errno EIO --op write,fsync --path '/pg_wal/**'",
         super::args::quoted(&fake.host().to_string())
@@ -163,20 +148,10 @@ fn quiet_prints_nothing_and_json_the_document_of_the_server() {
     let add = "rule add wal-eio --kind error";
     let quiet = ran_on(&fake, &format!("{add} --quiet"));
     assert_eq!((quiet.exit, quiet.out.text().as_str()), (exit::DONE, ""));
-    assert_eq!(
-        ran_on(&fake, &format!("--json {add}")).out.document(),
-        wal_eio()
-    );
+    assert_eq!(ran_on(&fake, &format!("--json {add}")).out.document(), wal_eio());
     fake.answer("DELETE /v1/rules/wal-eio", 204, Value::Null);
-    assert_eq!(
-        ran_on(&fake, "rule rm wal-eio --json").out.document(),
-        json!({})
-    );
-    assert_eq!(
-        fake.seen().len(),
-        3,
-        "nobody reads how to undo it, so nothing more is asked"
-    );
+    assert_eq!(ran_on(&fake, "rule rm wal-eio --json").out.document(), json!({}));
+    assert_eq!(fake.seen().len(), 3, "nobody reads how to undo it, so nothing more is asked");
 }
 
 #[test]
@@ -189,57 +164,29 @@ fn a_refusal_is_error_and_hint_on_standard_error_also_as_json() {
     let ran = ran_on(&fake, "rule add a --kind error --op wrtie");
     assert_eq!(ran.exit, exit::FAILED);
     assert_eq!(ran.out.text(), "");
-    assert_eq!(
-        ran.err.lines(),
-        [
-            "error: match.ops[0]: unknown operation \"wrtie\"",
-            "hint: did you mean \"write\"?"
-        ]
-    );
+    assert_eq!(ran.err.lines(), ["error: match.ops[0]: unknown operation \"wrtie\"", "hint: did you mean \"write\"?"]);
     let as_json = ran_on(&fake, "rule add a --kind error --op wrtie --json");
-    assert_eq!(
-        (as_json.out.text().as_str(), as_json.err.document()),
-        ("", problem)
-    );
+    assert_eq!((as_json.out.text().as_str(), as_json.err.document()), ("", problem));
 }
 
 #[test]
 fn what_is_not_there_is_exit_4_except_for_rm() {
     let fake = Fake::start();
-    for request in [
-        "GET /v1/rules/a",
-        "PATCH /v1/rules/a",
-        "POST /v1/rules/a/release",
-        "GET /v1/rules/a/wait",
-    ] {
+    for request in ["GET /v1/rules/a", "PATCH /v1/rules/a", "POST /v1/rules/a/release", "GET /v1/rules/a/wait"] {
         fake.answer(request, 404, not_found());
     }
     fake.answer("DELETE /v1/rules/a", 204, Value::Null);
     for command in ["show a", "enable a", "disable a", "release a", "wait a"] {
-        assert_eq!(
-            ran_on(&fake, &format!("rule {command}")).exit,
-            exit::NO_SUCH_THING,
-            "{command}"
-        );
+        assert_eq!(ran_on(&fake, &format!("rule {command}")).exit, exit::NO_SUCH_THING, "{command}");
     }
     let ran = ran_on(&fake, "rule rm a");
-    assert_eq!(
-        (ran.exit, ran.out.lines()),
-        (
-            exit::DONE,
-            vec!["rule a: not there, nothing to remove".to_owned()]
-        )
-    );
+    assert_eq!((ran.exit, ran.out.lines()), (exit::DONE, vec!["rule a: not there, nothing to remove".to_owned()]));
 }
 
 #[test]
 fn not_supported_is_exit_5_and_no_instance_exit_3() {
     let fake = Fake::start();
-    fake.answer(
-        "POST /v1/evict",
-        501,
-        json!({"code": "not_supported", "detail": "no"}),
-    );
+    fake.answer("POST /v1/evict", 501, json!({"code": "not_supported", "detail": "no"}));
     assert_eq!(ran_on(&fake, "evict").exit, exit::NOT_SUPPORTED);
     let ran = ran(&fake, "rule list -H unix:///nonexistent/n.sock");
     assert_eq!(ran.exit, exit::NO_INSTANCE);
@@ -249,11 +196,7 @@ fn not_supported_is_exit_5_and_no_instance_exit_3() {
 #[test]
 fn the_only_living_instance_needs_no_choice_and_among_several_one_must_be_chosen() {
     let fake = Fake::start();
-    fake.answer(
-        "GET /v1/mode",
-        200,
-        json!({"mode": "enospc", "remaining": "12s"}),
-    );
+    fake.answer("GET /v1/mode", 200, json!({"mode": "enospc", "remaining": "12s"}));
     assert_eq!(ran(&fake, "mode").exit, exit::NO_INSTANCE);
     let _one = alive(&fake, "n1");
     assert_eq!(ran(&fake, "mode").out.lines(), ["mode enospc for 12s more"]);
@@ -277,12 +220,7 @@ fn several_hosts_each_answer_under_their_name_and_the_worst_code_wins() {
     assert_eq!(text.err.lines()[0], "two: error: no rule \"wal-eio\"");
     two.answer("GET /v1/mode", 200, json!({"mode": "allow_writes"}));
     let as_json = ran(&one, &format!("--json {both}"));
-    let documents: Vec<Value> = as_json
-        .out
-        .lines()
-        .iter()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
+    let documents: Vec<Value> = as_json.out.lines().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(as_json.exit, exit::DONE);
     assert_eq!(
         documents[0],
@@ -297,45 +235,22 @@ fn rule_wait_ends_with_the_event_or_with_124_and_what_is_known() {
     let wait = "GET /v1/rules/wal-eio/wait";
     let event = json!({"event": "injection", "rule": "wal-eio", "op": "fsync"});
     fake.answer(wait, 200, json!({"fired": true, "event": event}));
-    let fired = ran_on(
-        &fake,
-        "rule wait wal-eio --injections 2 --since b-7 --for 1s",
-    );
+    let fired = ran_on(&fake, "rule wait wal-eio --injections 2 --since b-7 --for 1s");
     assert_eq!(fired.exit, exit::DONE);
     assert!(fired.out.text().contains("fsync"));
-    assert_eq!(
-        fake.seen()[0].0,
-        "GET /v1/rules/wal-eio/wait?injections=2&since=b-7&for=1s"
-    );
-    fake.answer(
-        wait,
-        200,
-        json!({"fired": false, "matches": 3, "state": "armed"}),
-    );
+    assert_eq!(fake.seen()[0].0, "GET /v1/rules/wal-eio/wait?injections=2&since=b-7&for=1s");
+    fake.answer(wait, 200, json!({"fired": false, "matches": 3, "state": "armed"}));
     let late = ran_on(&fake, "rule wait wal-eio --for 1s");
     assert_eq!(late.exit, exit::TIMED_OUT);
-    assert_eq!(
-        late.err.lines(),
-        ["error: rule wal-eio has not fired once within 1s: 3 matches, state armed"]
-    );
-    assert_eq!(
-        ran_on(&fake, "rule wait wal-eio --json").out.document()["matches"],
-        3
-    );
+    assert_eq!(late.err.lines(), ["error: rule wal-eio has not fired once within 1s: 3 matches, state armed"]);
+    assert_eq!(ran_on(&fake, "rule wait wal-eio --json").out.document()["matches"], 3);
 }
 
 #[test]
 fn the_client_waits_longer_than_the_wait_it_asked_for() {
     let fake = Fake::start();
-    fake.answer_late(
-        "GET /v1/rules/a/wait",
-        Duration::from_millis(400),
-        json!({"fired": false, "state": "armed"}),
-    );
-    assert_eq!(
-        ran_on(&fake, "rule wait a --for 10ms --connect-timeout 100ms").exit,
-        exit::TIMED_OUT
-    );
+    fake.answer_late("GET /v1/rules/a/wait", Duration::from_millis(400), json!({"fired": false, "state": "armed"}));
+    assert_eq!(ran_on(&fake, "rule wait a --for 10ms --connect-timeout 100ms").exit, exit::TIMED_OUT);
 }
 
 #[test]
@@ -346,17 +261,8 @@ fn history_ends_well_and_a_followed_stream_only_with_bye() {
     let bye = "{\"event\":\"bye\"}\n";
     fake.answer_text("GET /v1/events", &format!("{hello}{rule}"));
     let history = ran_on(&fake, "events --rule 'a*' --limit 5");
-    assert_eq!(
-        (history.exit, history.out.lines()),
-        (
-            exit::DONE,
-            vec!["12:00:01.123456 rule      rule=a".to_owned()]
-        )
-    );
-    assert_eq!(
-        fake.seen()[0].0,
-        "GET /v1/events?follow=false&rule=a*&limit=5"
-    );
+    assert_eq!((history.exit, history.out.lines()), (exit::DONE, vec!["12:00:01.123456 rule      rule=a".to_owned()]));
+    assert_eq!(fake.seen()[0].0, "GET /v1/events?follow=false&rule=a*&limit=5");
     assert_eq!(ran_on(&fake, "events --json").out.lines().len(), 1);
     assert_eq!(ran_on(&fake, "events --follow").exit, exit::NO_INSTANCE);
     assert_eq!(ran_on(&fake, "events --follow --limit 1").exit, exit::DONE);
@@ -377,109 +283,56 @@ fn a_reader_that_goes_away_ends_a_stream_quietly() {
         }
     }
     let fake = Fake::start();
-    fake.answer_text(
-        "GET /v1/events",
-        "{\"event\":\"rule\"}\n{\"event\":\"rule\"}\n",
-    );
+    fake.answer_text("GET /v1/events", "{\"event\":\"rule\"}\n{\"event\":\"rule\"}\n");
     let host = fake.host().to_string();
     let cli = Cli::try_parse_from(["nemesisfs", "events", "--follow", "-H", &host]).unwrap();
     let err = Paper::default();
     let console = Console::new(Box::new(Closed), Box::new(err.clone()), false, false);
-    assert_eq!(
-        (run(&cli, fake.dir(), &console), err.text().as_str()),
-        (exit::DONE, "")
-    );
+    assert_eq!((run(&cli, fake.dir(), &console), err.text().as_str()), (exit::DONE, ""));
 }
 
 #[test]
 fn apply_replaces_the_set_and_tells_how_to_get_the_old_one_back() {
     let fake = Fake::start();
-    fake.answer(
-        "GET /v1/rules",
-        200,
-        json!({"rules": [wal_eio()], "cursor": "b-1"}),
-    );
-    fake.answer(
-        "PUT /v1/rules",
-        200,
-        json!({"rules": [wal_eio()], "pending": [], "cursor": "b-2"}),
-    );
+    fake.answer("GET /v1/rules", 200, json!({"rules": [wal_eio()], "cursor": "b-1"}));
+    fake.answer("PUT /v1/rules", 200, json!({"rules": [wal_eio()], "pending": [], "cursor": "b-2"}));
     let file = fake.dir().join("rules.toml");
-    fs::write(
-        &file,
-        "[[rules]]\nname = \"wal-eio\"\n[rules.fault]\nkind = \"error\"\nerrno = \"EIO\"\n",
-    )
-    .unwrap();
+    fs::write(&file, "[[rules]]\nname = \"wal-eio\"\n[rules.fault]\nkind = \"error\"\nerrno = \"EIO\"\n").unwrap();
     let ran = ran_on(&fake, &format!("rule apply {}", file.display()));
     assert_eq!(ran.exit, exit::DONE);
     let lines = ran.out.lines();
     assert_eq!(lines[0], "1 rules in force, in this order");
-    assert!(
-        lines[2].ends_with("rule clear") && lines[3].contains("rule add wal-eio"),
-        "{lines:?}"
-    );
+    assert!(lines[2].ends_with("rule clear") && lines[3].contains("rule add wal-eio"), "{lines:?}");
     let sent = json!({"rules": [{"name": "wal-eio", "fault": {"kind": "error", "errno": "EIO"}}]});
     assert_eq!(fake.seen().pop().unwrap().1, sent);
-    assert_eq!(
-        ran_on(&fake, "rule apply /nonexistent.toml").exit,
-        exit::FAILED
-    );
+    assert_eq!(ran_on(&fake, "rule apply /nonexistent.toml").exit, exit::FAILED);
 }
 
 #[test]
 fn modes_and_space_tell_how_it_was_before() {
     let fake = Fake::start();
     let _lock = alive(&fake, "n1");
-    fake.answer(
-        "GET /v1/mode",
-        200,
-        json!({"mode": "allow_writes", "remaining": null}),
-    );
-    fake.answer(
-        "PUT /v1/mode",
-        200,
-        json!({"mode": "enospc", "remaining": "30s", "pending": []}),
-    );
+    fake.answer("GET /v1/mode", 200, json!({"mode": "allow_writes", "remaining": null}));
+    fake.answer("PUT /v1/mode", 200, json!({"mode": "enospc", "remaining": "30s", "pending": []}));
     let mode = ran(&fake, "mode enospc --interval 30s");
-    assert_eq!(
-        mode.out.lines(),
-        [
-            "mode enospc for 30s more",
-            "undo: nemesisfs mode allow_writes"
-        ]
-    );
-    assert_eq!(
-        fake.seen().pop().unwrap().1,
-        json!({"mode": "enospc", "for": "30s"})
-    );
+    assert_eq!(mode.out.lines(), ["mode enospc for 30s more", "undo: nemesisfs mode allow_writes"]);
+    assert_eq!(fake.seen().pop().unwrap().1, json!({"mode": "enospc", "for": "30s"}));
     let limit = json!({"virtual": {"free": 0, "size": 1073741824, "used": 1073741824, "requested": {"used": "98%"}}});
     fake.answer("GET /v1/space", 200, limit.clone());
     fake.answer("PUT /v1/space", 200, limit);
     let space = ran(&fake, "space virtual --free 0");
     assert_eq!(
         space.out.lines(),
-        [
-            "space: 0 B free of 1.0 GiB, 1.0 GiB used",
-            "undo: nemesisfs space virtual --used 98%"
-        ]
+        ["space: 0 B free of 1.0 GiB, 1.0 GiB used", "undo: nemesisfs space virtual --used 98%"]
     );
-    assert_eq!(
-        fake.seen().pop().unwrap().1,
-        json!({"virtual": {"free": "0"}})
-    );
+    assert_eq!(fake.seen().pop().unwrap().1, json!({"virtual": {"free": "0"}}));
 }
 
 #[test]
 fn usage_errors_are_exit_2() {
-    for words in [
-        "space virtual",
-        "space virtual --free 0 --used 1%",
-        "rule add a",
-        "mode enospc --for 3",
-        "nonsense",
-    ] {
-        let error =
-            Cli::try_parse_from(shlex::split(&format!("nemesisfs {words}")).unwrap()).unwrap_err();
+    for words in ["space virtual", "space virtual --free 0 --used 1%", "rule add a", "mode enospc --for 3", "nonsense"]
+    {
+        let error = Cli::try_parse_from(shlex::split(&format!("nemesisfs {words}")).unwrap()).unwrap_err();
         assert_eq!(error.exit_code(), 2, "{words}");
     }
     let fake = Fake::start();
@@ -489,34 +342,19 @@ fn usage_errors_are_exit_2() {
 #[test]
 fn list_tells_the_living_from_the_dead_and_the_silent() {
     let fake = Fake::start();
-    fake.answer(
-        "GET /v1/health",
-        200,
-        json!({"status": "ok", "instance": "n1", "mode": "enospc", "rules": 2}),
-    );
+    fake.answer("GET /v1/health", 200, json!({"status": "ok", "instance": "n1", "mode": "enospc", "rules": 2}));
     let _one = alive(&fake, "n1");
     drop(alive(&fake, "n2"));
     let silent = Fake::start();
     let _three = alive(&silent, "n3");
     fs::copy(silent.dir().join("n3.json"), fake.dir().join("n3.json")).unwrap();
-    let _three = Flock::lock(
-        File::open(fake.dir().join("n3.json")).unwrap(),
-        FlockArg::LockExclusiveNonblock,
-    )
-    .unwrap();
+    let _three = Flock::lock(File::open(fake.dir().join("n3.json")).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
     let ran = ran(&fake, "list --json");
     assert_eq!(ran.exit, exit::DONE);
     let instances = ran.out.document()["instances"].as_array().unwrap().clone();
     let here = instances.iter().filter(|row| row["state"] != "stale");
-    let states: Vec<_> = here
-        .map(|row| {
-            (
-                row["instance"].clone(),
-                row["state"].clone(),
-                row["rules"].clone(),
-            )
-        })
-        .collect();
+    let states: Vec<_> =
+        here.map(|row| (row["instance"].clone(), row["state"].clone(), row["rules"].clone())).collect();
     assert_eq!(
         states,
         [
@@ -533,10 +371,7 @@ fn umount_of_what_is_not_mounted_is_success_twice_and_forgets_the_dead() {
     drop(alive(&fake, "n1"));
     for _ in 0..2 {
         let ran = ran(&fake, "umount /nonexistent/n1");
-        assert_eq!(
-            (ran.exit, ran.out.lines()),
-            (exit::DONE, vec!["/nonexistent/n1: not mounted".to_owned()])
-        );
+        assert_eq!((ran.exit, ran.out.lines()), (exit::DONE, vec!["/nonexistent/n1: not mounted".to_owned()]));
     }
     assert!(!fake.dir().join("n1.json").exists());
     assert_eq!(ran(&fake, "umount --instance n9 --force").exit, exit::DONE);
@@ -554,10 +389,7 @@ fn umount_waits_until_the_daemon_has_ended_and_tells_who_holds_a_busy_one() {
     );
     let busy = ran(&fake, "umount --instance n1");
     assert_eq!(busy.exit, exit::FAILED);
-    assert_eq!(
-        busy.err.lines(),
-        ["error: the mount is busy", "  held by pid 9 (sh): /x"]
-    );
+    assert_eq!(busy.err.lines(), ["error: the mount is busy", "  held by pid 9 (sh): /x"]);
     fake.answer("POST /v1/unmount", 200, json!({"unmounted": true}));
     let started = Instant::now();
     let daemon = std::thread::spawn(move || {
@@ -566,10 +398,7 @@ fn umount_waits_until_the_daemon_has_ended_and_tells_who_holds_a_busy_one() {
     });
     let ended = ran(&fake, "umount /nonexistent/n1 --lazy");
     assert!(started.elapsed() >= Duration::from_millis(300));
-    assert_eq!(
-        (ended.exit, ended.out.lines()),
-        (exit::DONE, vec!["/nonexistent/n1 unmounted".to_owned()])
-    );
+    assert_eq!((ended.exit, ended.out.lines()), (exit::DONE, vec!["/nonexistent/n1 unmounted".to_owned()]));
     assert_eq!(fake.seen().pop().unwrap().1, json!({"how": "lazy"}));
     daemon.join().unwrap();
 }
@@ -578,12 +407,6 @@ fn umount_waits_until_the_daemon_has_ended_and_tells_who_holds_a_busy_one() {
 fn completions_are_made_for_each_shell() {
     let fake = Fake::start();
     for shell in ["bash", "zsh", "fish"] {
-        assert!(
-            ran(&fake, &format!("completions {shell}"))
-                .out
-                .text()
-                .contains("nemesisfs"),
-            "{shell}"
-        );
+        assert!(ran(&fake, &format!("completions {shell}")).out.text().contains("nemesisfs"), "{shell}");
     }
 }

@@ -10,9 +10,9 @@ use clap::Args;
 use nix::errno::Errno;
 use serde_json::json;
 
-use crate::client::instances::{self, Instance, lexical};
-use crate::client::mounts::{self, FILESYSTEM_TYPE, Mount};
+use crate::client::instances::{self, Instance, lexical, without_touching};
 use crate::client::{Client, ClientError, Host, exit};
+use crate::sys::mounts::{self, FILESYSTEM_TYPE, Mount};
 
 use super::console::Outcome;
 use super::session::{Session, World, on_each};
@@ -49,8 +49,7 @@ impl UmountArgs {
 pub fn run(world: &World, args: &UmountArgs) -> u8 {
     if args.mountpoint.is_none() && args.instance.is_none() {
         if world.globals.host.is_empty() {
-            let error =
-                ClientError::usage("umount: which one?").hint("give MOUNTPOINT or --instance NAME");
+            let error = ClientError::usage("umount: which one?").hint("give MOUNTPOINT or --instance NAME");
             return world.console.error(&error);
         }
         return on_each(world, &|session| remote(session, args));
@@ -58,11 +57,7 @@ pub fn run(world: &World, args: &UmountArgs) -> u8 {
     match local(world, args) {
         Ok(said) => {
             let document = json!({"unmounted": true, "detail": said});
-            let _ = if world.console.json {
-                world.console.document(&document)
-            } else {
-                world.console.line(&said)
-            };
+            let _ = if world.console.json { world.console.document(&document) } else { world.console.line(&said) };
             exit::DONE
         }
         Err(error) => world.console.error(&error),
@@ -71,22 +66,14 @@ pub fn run(world: &World, args: &UmountArgs) -> u8 {
 
 /// A host that was chosen by its socket or address is told to unmount; whether its process has ended cannot be seen.
 fn remote(session: &Session, args: &UmountArgs) -> Result<Outcome, ClientError> {
-    let reply = session
-        .patient(Some(END_LIMIT))?
-        .post("/v1/unmount", &json!({"how": args.how()}))?;
-    Ok(super::session::shown(
-        reply,
-        vec![format!("{} unmounted", session.target.name)],
-    ))
+    let reply = session.patient(Some(END_LIMIT))?.post("/v1/unmount", &json!({"how": args.how()}))?;
+    Ok(super::session::shown(reply, vec![format!("{} unmounted", session.target.name)]))
 }
 
 fn local(world: &World, args: &UmountArgs) -> Result<String, ClientError> {
     let found = instances::list(world.run_dir)
         .map_err(|error| ClientError::failed(format!("{}: {error}", world.run_dir.display())))?;
-    let wanted: Vec<&Instance> = found
-        .iter()
-        .filter(|instance| is_meant(instance, args))
-        .collect();
+    let wanted: Vec<&Instance> = found.iter().filter(|instance| is_meant(instance, args)).collect();
     let living = wanted.iter().find(|instance| instance.alive);
     let mountpoint = match (&args.mountpoint, wanted.first()) {
         (Some(path), _) => lexical(path),
@@ -131,26 +118,15 @@ fn no_table(error: std::io::Error) -> ClientError {
     ClientError::failed(format!("/proc/self/mountinfo: {error}"))
 }
 
-fn end_living(
-    world: &World,
-    instance: &Instance,
-    args: &UmountArgs,
-    mountpoint: &Path,
-) -> Result<String, ClientError> {
+fn end_living(world: &World, instance: &Instance, args: &UmountArgs, mountpoint: &Path) -> Result<String, ClientError> {
     let connect = world.globals.connect_timeout.length;
     let answer = if args.force { connect } else { END_LIMIT };
-    let client = Client::new(Host::Unix(instance.state.socket.clone()), connect)?
-        .answer_within(Some(answer));
+    let client = Client::new(Host::Unix(instance.state.socket.clone()), connect)?.answer_within(Some(answer));
     let asked = client.post("/v1/unmount", &json!({"how": args.how()}));
     let ended = match asked {
         Ok(_) => has_ended_within(instance, END_LIMIT),
         // It may have ended before its answer was on its way.
-        Err(error)
-            if error.exit == exit::NO_INSTANCE
-                && has_ended_within(instance, Duration::from_secs(1)) =>
-        {
-            true
-        }
+        Err(error) if error.exit == exit::NO_INSTANCE && has_ended_within(instance, Duration::from_secs(1)) => true,
         Err(error) if error.exit == exit::NO_INSTANCE && args.force => false,
         Err(error) => return Err(error),
     };
@@ -170,12 +146,8 @@ fn end_living(
         )),
         (false, false) => {
             let limit = humantime::format_duration(END_LIMIT);
-            let detail = format!(
-                "unmounted, but pid {} has not ended within {limit}",
-                instance.state.pid
-            );
-            Err(ClientError::timed_out(detail)
-                .hint("`nemesisfs umount --force` aborts its connection"))
+            let detail = format!("unmounted, but pid {} has not ended within {limit}", instance.state.pid);
+            Err(ClientError::timed_out(detail).hint("`nemesisfs umount --force` aborts its connection"))
         }
     }
 }
@@ -186,21 +158,14 @@ fn abort(instance: &Instance, mountpoint: &Path) -> Result<String, ClientError> 
     if has_ended_within(instance, Duration::from_secs(2)) {
         return Ok(format!("{} unmounted by force", mountpoint.display()));
     }
-    Ok(format!(
-        "{} unmounted by force; pid {} hangs and still exists",
-        mountpoint.display(),
-        instance.state.pid
-    ))
+    Ok(format!("{} unmounted by force; pid {} hangs and still exists", mountpoint.display(), instance.state.pid))
 }
 
 fn cut(mountpoint: &Path) -> Result<(), ClientError> {
     if let Some(mount) = ours_at(mountpoint)? {
-        mounts::abort(&mount).map_err(|error| {
-            ClientError::failed(format!(
-                "connection {} cannot be aborted: {error}",
-                mount.minor
-            ))
-            .hint("this needs root and fusectl at /sys/fs/fuse/connections")
+        mounts::abort(mount.minor).map_err(|error| {
+            ClientError::failed(format!("connection {} cannot be aborted: {error}", mount.minor))
+                .hint("this needs root and fusectl at /sys/fs/fuse/connections")
         })?;
         detach(mountpoint, true)?;
     }
@@ -215,9 +180,7 @@ fn detach_if_there(mountpoint: &Path) -> Result<(), ClientError> {
 }
 
 fn ours_at(mountpoint: &Path) -> Result<Option<Mount>, ClientError> {
-    Ok(mounts::at(mountpoint)
-        .map_err(no_table)?
-        .filter(|mount| mount.filesystem == FILESYSTEM_TYPE))
+    Ok(mounts::at(&without_touching(mountpoint)).map_err(no_table)?.filter(|mount| mount.filesystem == FILESYSTEM_TYPE))
 }
 
 fn detach(mountpoint: &Path, lazily: bool) -> Result<(), ClientError> {
@@ -231,7 +194,7 @@ fn cannot_unmount(mountpoint: &Path, error: Errno) -> ClientError {
 /// A mount whose daemon is dead, or that no state file of this run directory knows. The daemon of the latter may live
 /// with another run directory: then it is busy or not like any mount, and is not torn away from under its users.
 fn end_dead(mountpoint: &Path, args: &UmountArgs, known_dead: bool) -> Result<String, ClientError> {
-    let Some(mount) = mounts::at(mountpoint).map_err(no_table)? else {
+    let Some(mount) = mounts::at(&without_touching(mountpoint)).map_err(no_table)? else {
         return Ok(not_mounted(args));
     };
     let mountpoint = mount.mountpoint.as_path();
@@ -241,17 +204,11 @@ fn end_dead(mountpoint: &Path, args: &UmountArgs, known_dead: bool) -> Result<St
         FILESYSTEM_TYPE => end_unknown(mountpoint)?,
         "fuse" if mounts::is_disconnected(mountpoint) => detach(mountpoint, true)?,
         other => {
-            let detail = format!(
-                "{} is a mount of type {other}, and not ours",
-                mountpoint.display()
-            );
+            let detail = format!("{} is a mount of type {other}, and not ours", mountpoint.display());
             return Err(ClientError::failed(detail).hint("umount(8) unmounts it"));
         }
     }
-    Ok(format!(
-        "{} unmounted; no living instance served it",
-        mountpoint.display()
-    ))
+    Ok(format!("{} unmounted; no living instance served it", mountpoint.display()))
 }
 
 fn end_unknown(mountpoint: &Path) -> Result<(), ClientError> {

@@ -32,11 +32,7 @@ pub struct ClientError {
 impl ClientError {
     fn local(exit: u8, code: &str, detail: impl Into<String>) -> Self {
         let problem = json!({"type": "about:blank", "code": code, "detail": detail.into()});
-        ClientError {
-            exit,
-            status: None,
-            problem,
-        }
+        ClientError { exit, status: None, problem }
     }
 
     /// The command was asked for something that this side cannot do or finds wrong.
@@ -74,11 +70,7 @@ impl ClientError {
             Some("not_supported") => exit::NOT_SUPPORTED,
             _ => exit::FAILED,
         };
-        ClientError {
-            exit,
-            status: Some(status),
-            problem,
-        }
+        ClientError { exit, status: Some(status), problem }
     }
 
     /// Adds the next useful step.
@@ -92,18 +84,13 @@ impl ClientError {
 
     /// The `code` of the problem document, or nothing.
     pub fn code(&self) -> &str {
-        self.problem
-            .get("code")
-            .and_then(Value::as_str)
-            .unwrap_or_default()
+        self.problem.get("code").and_then(Value::as_str).unwrap_or_default()
     }
 
     /// What went wrong, in a sentence.
     pub fn detail(&self) -> &str {
         let word = |key| self.problem.get(key).and_then(Value::as_str);
-        word("detail")
-            .or_else(|| word("title"))
-            .unwrap_or("refused")
+        word("detail").or_else(|| word("title")).unwrap_or("refused")
     }
 
     /// The lines for a person: what went wrong, who stands in the way, what to do.
@@ -120,10 +107,7 @@ impl ClientError {
 
 fn holder_line(holder: &Value) -> String {
     let word = |key| holder.get(key).and_then(Value::as_str).unwrap_or("?");
-    let pid = holder
-        .get("pid")
-        .and_then(Value::as_i64)
-        .unwrap_or_default();
+    let pid = holder.get("pid").and_then(Value::as_i64).unwrap_or_default();
     format!("  held by pid {pid} ({}): {}", word("comm"), word("what"))
 }
 
@@ -141,8 +125,7 @@ mod tests {
 
     #[test]
     fn the_code_of_a_problem_decides_the_exit_code() {
-        let exit_of =
-            |code: &str| ClientError::refused(400, json!({"code": code, "detail": "x"})).exit;
+        let exit_of = |code: &str| ClientError::refused(400, json!({"code": code, "detail": "x"})).exit;
         assert_eq!(exit_of("not_found"), exit::NO_SUCH_THING);
         assert_eq!(exit_of("not_supported"), exit::NOT_SUPPORTED);
         assert_eq!(exit_of("unknown_route"), exit::FAILED);
@@ -155,22 +138,12 @@ mod tests {
         let problem = json!({"code": "busy", "detail": "the mount is busy", "hint": "try --lazy",
             "holders": [{"pid": 7, "comm": "sh", "what": "/data"}]});
         let lines = ClientError::refused(409, problem).lines();
-        assert_eq!(
-            lines,
-            [
-                "error: the mount is busy",
-                "  held by pid 7 (sh): /data",
-                "hint: try --lazy"
-            ]
-        );
+        assert_eq!(lines, ["error: the mount is busy", "  held by pid 7 (sh): /data", "hint: try --lazy"]);
     }
 
     #[test]
     fn an_answer_that_is_no_problem_document_is_still_an_error_with_words() {
-        assert_eq!(
-            ClientError::refused(502, json!("Bad Gateway\n")).lines(),
-            ["error: Bad Gateway"]
-        );
+        assert_eq!(ClientError::refused(502, json!("Bad Gateway\n")).lines(), ["error: Bad Gateway"]);
         assert_eq!(ClientError::refused(500, Value::Null).exit, exit::FAILED);
     }
 }

@@ -43,16 +43,8 @@ impl Fake {
         listener.set_nonblocking(true).unwrap();
         let router = Router::new().fallback(answer).with_state(script.clone());
         std::thread::spawn(move || serve(listener, router));
-        let fake = Fake {
-            socket,
-            dir,
-            script,
-        };
-        fake.answer(
-            "GET /v1/version",
-            200,
-            json!({"name": "nemesisfs", "instance": name, "boot_id": "b"}),
-        );
+        let fake = Fake { socket, dir, script };
+        fake.answer("GET /v1/version", 200, json!({"name": "nemesisfs", "instance": name, "boot_id": "b"}));
         fake
     }
 
@@ -70,11 +62,7 @@ impl Fake {
 
     /// From now on, `what` (method and path) is answered so.
     pub fn answer(&self, what: &str, status: u16, body: Value) {
-        let text = if body.is_null() {
-            String::new()
-        } else {
-            body.to_string()
-        };
+        let text = if body.is_null() { String::new() } else { body.to_string() };
         self.set(what, status, text, Duration::ZERO);
     }
 
@@ -87,11 +75,7 @@ impl Fake {
     }
 
     fn set(&self, what: &str, status: u16, text: String, after: Duration) {
-        self.script
-            .lock()
-            .unwrap()
-            .answers
-            .insert(what.to_owned(), (status, text, after));
+        self.script.lock().unwrap().answers.insert(what.to_owned(), (status, text, after));
     }
 
     /// What was asked so far, as method and path with query, and body.
@@ -101,10 +85,7 @@ impl Fake {
 }
 
 fn serve(listener: std::os::unix::net::UnixListener, router: Router) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let listener = tokio::net::UnixListener::from_std(listener).unwrap();
         axum::serve(listener, router).await.unwrap();
@@ -118,18 +99,10 @@ async fn answer(State(script): State<Arc<Mutex<Script>>>, request: Request) -> R
     let asked = format!("{} {}", head.method, head.uri);
     let known = {
         let mut script = script.lock().unwrap();
-        script
-            .seen
-            .push((asked, serde_json::from_slice(&body).unwrap_or(Value::Null)));
+        script.seen.push((asked, serde_json::from_slice(&body).unwrap_or(Value::Null)));
         script.answers.get(&what).cloned()
     };
-    let missing = || {
-        (
-            404,
-            json!({"code": "unknown_route", "detail": what}).to_string(),
-            Duration::ZERO,
-        )
-    };
+    let missing = || (404, json!({"code": "unknown_route", "detail": what}).to_string(), Duration::ZERO);
     let (status, text, after) = known.unwrap_or_else(missing);
     tokio::time::sleep(after).await;
     (StatusCode::from_u16(status).unwrap(), Body::from(text)).into_response()

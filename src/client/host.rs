@@ -37,27 +37,15 @@ pub struct Target {
 impl Target {
     fn of(host: Host) -> Self {
         let name = match &host {
-            Host::Unix(path) => path
-                .file_stem()
-                .unwrap_or(path.as_os_str())
-                .to_string_lossy()
-                .into_owned(),
+            Host::Unix(path) => path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
             Host::Tcp(address) => address.clone(),
         };
-        Target {
-            host,
-            name,
-            chosen: true,
-        }
+        Target { host, name, chosen: true }
     }
 
     fn of_instance(instance: &Instance, chosen: bool) -> Self {
         let host = Host::Unix(instance.state.socket.clone());
-        Target {
-            host,
-            name: instance.state.instance.clone(),
-            chosen,
-        }
+        Target { host, name: instance.state.instance.clone(), chosen }
     }
 }
 
@@ -81,15 +69,12 @@ fn parse(word: &str, run_dir: &Path) -> Result<Vec<Target>, ClientError> {
     if let Some(address) = word.strip_prefix("tcp://") {
         return tcp(address.trim_end_matches('/')).map(|target| vec![target]);
     }
-    let path = word
-        .strip_prefix("unix://")
-        .or_else(|| word.strip_prefix("unix:"));
+    let path = word.strip_prefix("unix://").or_else(|| word.strip_prefix("unix:"));
     match path {
         Some("") => Err(ClientError::usage(format!("-H {word}: no path"))),
         Some(path) => sockets(path),
         None if word.contains("://") => {
-            Err(ClientError::usage(format!("-H {word}: unknown scheme"))
-                .hint("use unix:///path or tcp://host:port"))
+            Err(ClientError::usage(format!("-H {word}: unknown scheme")).hint("use unix:///path or tcp://host:port"))
         }
         None if word.contains('/') => sockets(word),
         None => by_name(word, run_dir).map(|target| vec![target]),
@@ -97,13 +82,9 @@ fn parse(word: &str, run_dir: &Path) -> Result<Vec<Target>, ClientError> {
 }
 
 fn tcp(address: &str) -> Result<Target, ClientError> {
-    let port = address
-        .rsplit_once(':')
-        .map(|(_, port)| port.parse::<u16>());
+    let port = address.rsplit_once(':').map(|(_, port)| port.parse::<u16>());
     if !matches!(port, Some(Ok(_))) {
-        return Err(
-            ClientError::usage(format!("-H tcp://{address}: no port")).hint("use tcp://host:port")
-        );
+        return Err(ClientError::usage(format!("-H tcp://{address}: no port")).hint("use tcp://host:port"));
     }
     Ok(Target::of(Host::Tcp(address.to_owned())))
 }
@@ -112,35 +93,24 @@ fn sockets(path: &str) -> Result<Vec<Target>, ClientError> {
     if !path.contains(['*', '?', '[']) {
         return Ok(vec![Target::of(Host::Unix(path.into()))]);
     }
-    let paths =
-        glob::glob(path).map_err(|error| ClientError::usage(format!("-H {path}: {error}")))?;
-    let targets: Vec<Target> = paths
-        .flatten()
-        .map(|path| Target::of(Host::Unix(path)))
-        .collect();
+    let paths = glob::glob(path).map_err(|error| ClientError::usage(format!("-H {path}: {error}")))?;
+    let targets: Vec<Target> = paths.flatten().map(|path| Target::of(Host::Unix(path))).collect();
     if targets.is_empty() {
-        return Err(ClientError::no_instance(format!(
-            "no socket matches {path}"
-        )));
+        return Err(ClientError::no_instance(format!("no socket matches {path}")));
     }
     Ok(targets)
 }
 
 fn by_name(name: &str, run_dir: &Path) -> Result<Target, ClientError> {
     let living = living(run_dir)?;
-    match living
-        .iter()
-        .find(|instance| instance.state.instance == name)
-    {
+    match living.iter().find(|instance| instance.state.instance == name) {
         Some(instance) => Ok(Target::of_instance(instance, true)),
-        None => Err(
-            ClientError::no_instance(format!("no instance \"{name}\" lives here")).hint(
-                match names(&living) {
-                    names if names.is_empty() => "`nemesisfs list` shows what there is".to_owned(),
-                    names => format!("these do: {names}"),
-                },
-            ),
-        ),
+        None => {
+            Err(ClientError::no_instance(format!("no instance \"{name}\" lives here")).hint(match names(&living) {
+                names if names.is_empty() => "`nemesisfs list` shows what there is".to_owned(),
+                names => format!("these do: {names}"),
+            }))
+        }
     }
 }
 
@@ -158,16 +128,11 @@ fn only_living(run_dir: &Path) -> Result<Target, ClientError> {
 }
 
 fn living(run_dir: &Path) -> Result<Vec<Instance>, ClientError> {
-    instances::living(run_dir)
-        .map_err(|error| ClientError::failed(format!("{}: {error}", run_dir.display())))
+    instances::living(run_dir).map_err(|error| ClientError::failed(format!("{}: {error}", run_dir.display())))
 }
 
 fn names(instances: &[Instance]) -> String {
-    instances
-        .iter()
-        .map(|instance| instance.state.instance.as_str())
-        .collect::<Vec<_>>()
-        .join(", ")
+    instances.iter().map(|instance| instance.state.instance.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -177,10 +142,7 @@ mod tests {
 
     fn resolve_in(dir: &Path, words: &[&str]) -> Result<Vec<String>, ClientError> {
         let words: Vec<String> = words.iter().map(ToString::to_string).collect();
-        Ok(resolve(&words, dir)?
-            .iter()
-            .map(|target| target.host.to_string())
-            .collect())
+        Ok(resolve(&words, dir)?.iter().map(|target| target.host.to_string()).collect())
     }
 
     #[test]
@@ -190,35 +152,19 @@ mod tests {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         let at = |name: &str| format!("unix://{}/{name}", dir.path().display());
-        assert_eq!(
-            resolve_in(dir.path(), &[&at("*.sock"), &at("a.sock")]).unwrap(),
-            [at("a.sock"), at("b.sock")]
-        );
-        assert_eq!(
-            resolve_in(dir.path(), &["unix:x.sock"]).unwrap(),
-            ["unix://x.sock"]
-        );
+        assert_eq!(resolve_in(dir.path(), &[&at("*.sock"), &at("a.sock")]).unwrap(), [at("a.sock"), at("b.sock")]);
+        assert_eq!(resolve_in(dir.path(), &["unix:x.sock"]).unwrap(), ["unix://x.sock"]);
         assert_eq!(resolve_in(dir.path(), &["/x/y"]).unwrap(), ["unix:///x/y"]);
-        assert_eq!(
-            resolve_in(dir.path(), &[&at("*.no")]).unwrap_err().exit,
-            exit::NO_INSTANCE
-        );
+        assert_eq!(resolve_in(dir.path(), &[&at("*.no")]).unwrap_err().exit, exit::NO_INSTANCE);
     }
 
     #[test]
     fn a_host_that_makes_no_sense_is_a_usage_error() {
         let dir = tempfile::tempdir().unwrap();
         for word in ["tcp://host", "http://host:1", "unix://", "tcp://host:99999"] {
-            assert_eq!(
-                resolve_in(dir.path(), &[word]).unwrap_err().exit,
-                exit::USAGE,
-                "{word}"
-            );
+            assert_eq!(resolve_in(dir.path(), &[word]).unwrap_err().exit, exit::USAGE, "{word}");
         }
-        assert_eq!(
-            resolve_in(dir.path(), &["tcp://[::1]:80"]).unwrap(),
-            ["tcp://[::1]:80"]
-        );
+        assert_eq!(resolve_in(dir.path(), &["tcp://[::1]:80"]).unwrap(), ["tcp://[::1]:80"]);
     }
 
     #[test]
@@ -227,9 +173,6 @@ mod tests {
         let error = resolve_in(dir.path(), &[]).unwrap_err();
         assert_eq!(error.exit, exit::NO_INSTANCE);
         assert!(error.lines()[1].starts_with("hint: "));
-        assert_eq!(
-            resolve_in(dir.path(), &["n7"]).unwrap_err().exit,
-            exit::NO_INSTANCE
-        );
+        assert_eq!(resolve_in(dir.path(), &["n7"]).unwrap_err().exit, exit::NO_INSTANCE);
     }
 }

@@ -33,11 +33,7 @@ pub struct Instance {
 
 /// The directory of sockets and state files: `NEMESISFS_RUNDIR`, or the system's for root, or the user's own.
 pub fn run_dir() -> PathBuf {
-    let set = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(dir) = set("NEMESISFS_RUNDIR") {
         return dir;
     }
@@ -45,9 +41,7 @@ pub fn run_dir() -> PathBuf {
     if user.is_root() {
         return "/run/nemesisfs".into();
     }
-    set("XDG_RUNTIME_DIR")
-        .unwrap_or_else(|| format!("/run/user/{user}").into())
-        .join("nemesisfs")
+    set("XDG_RUNTIME_DIR").unwrap_or_else(|| format!("/run/user/{user}").into()).join("nemesisfs")
 }
 
 /// All instances with a state file in `dir`, by name. A directory that does not exist holds none; a file that is not
@@ -58,20 +52,14 @@ pub fn list(dir: &Path) -> io::Result<Vec<Instance>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
-    let mut found: Vec<Instance> = entries
-        .flatten()
-        .filter_map(|entry| read(&entry.path()))
-        .collect();
+    let mut found: Vec<Instance> = entries.flatten().filter_map(|entry| read(&entry.path())).collect();
     found.sort_by(|a, b| a.state.instance.cmp(&b.state.instance));
     Ok(found)
 }
 
 /// The instances of `dir` that live.
 pub fn living(dir: &Path) -> io::Result<Vec<Instance>> {
-    Ok(list(dir)?
-        .into_iter()
-        .filter(|instance| instance.alive)
-        .collect())
+    Ok(list(dir)?.into_iter().filter(|instance| instance.alive).collect())
 }
 
 fn read(file: &Path) -> Option<Instance> {
@@ -79,11 +67,7 @@ fn read(file: &Path) -> Option<Instance> {
         return None;
     }
     let state: State = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
-    Some(Instance {
-        state,
-        alive: is_held(file),
-        file: file.to_owned(),
-    })
+    Some(Instance { state, alive: is_held(file), file: file.to_owned() })
 }
 
 /// Whether somebody holds the lock of this state file. A shared lock is tried, so that two who ask at once do not take
@@ -183,10 +167,7 @@ mod tests {
         write_state(dir.path(), "n2");
         let lock = hold(&file);
         let found = list(dir.path()).unwrap();
-        assert_eq!(
-            found.iter().map(|i| i.alive).collect::<Vec<_>>(),
-            [true, false]
-        );
+        assert_eq!(found.iter().map(|i| i.alive).collect::<Vec<_>>(), [true, false]);
         assert!(!found[0].has_ended());
         drop(lock);
         assert!(found[0].has_ended());
@@ -218,13 +199,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("real/mnt")).unwrap();
         std::os::unix::fs::symlink("real", dir.path().join("link")).unwrap();
-        assert!(same_place(
-            &dir.path().join("real/mnt"),
-            &dir.path().join("link/mnt/")
-        ));
-        assert!(!same_place(
-            &dir.path().join("real/mnt"),
-            &dir.path().join("link")
-        ));
+        assert!(same_place(&dir.path().join("real/mnt"), &dir.path().join("link/mnt/")));
+        assert!(!same_place(&dir.path().join("real/mnt"), &dir.path().join("link")));
     }
 }

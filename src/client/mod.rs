@@ -7,7 +7,6 @@
 pub mod error;
 pub mod host;
 pub mod instances;
-pub mod mounts;
 mod stream;
 
 use std::future::Future;
@@ -34,11 +33,7 @@ pub use host::{Host, Target};
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What stays as it is in one segment of a path.
-const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC
-    .remove(b'-')
-    .remove(b'_')
-    .remove(b'.')
-    .remove(b'~');
+const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// What a daemon said to a request that it did not refuse.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,10 +48,7 @@ pub fn segment(name: &str) -> String {
 }
 
 /// A path with those of its parameters that have a value.
-pub fn with_query<'a>(
-    path: &str,
-    parameters: impl IntoIterator<Item = (&'a str, Option<String>)>,
-) -> String {
+pub fn with_query<'a>(path: &str, parameters: impl IntoIterator<Item = (&'a str, Option<String>)>) -> String {
     let mut query = form_urlencoded::Serializer::new(String::new());
     for (name, value) in parameters {
         if let Some(value) = value {
@@ -84,15 +76,8 @@ impl Client {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .map_err(|error| {
-                ClientError::failed(format!("no runtime for the connection: {error}"))
-            })?;
-        Ok(Client {
-            host,
-            connect_timeout,
-            answer_timeout: Some(ANSWER_TIMEOUT),
-            runtime,
-        })
+            .map_err(|error| ClientError::failed(format!("no runtime for the connection: {error}")))?;
+        Ok(Client { host, connect_timeout, answer_timeout: Some(ANSWER_TIMEOUT), runtime })
     }
 
     /// The same client with another limit for each answer; `None` waits until the daemon answers or the connection ends.
@@ -122,46 +107,25 @@ impl Client {
         self.request(Method::DELETE, path, None)
     }
 
-    fn request(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<&Value>,
-    ) -> Result<Reply, ClientError> {
+    fn request(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Reply, ClientError> {
         let request = build(&self.host, method, path, "application/json", body)?;
         self.runtime.block_on(async {
             let mut connection = self.connect().await?;
             let exchange = async {
-                let response = connection
-                    .send_request(request)
-                    .await
-                    .map_err(|error| self.lost(&error))?;
+                let response = connection.send_request(request).await.map_err(|error| self.lost(&error))?;
                 self.read(response).await
             };
             let reply = self.in_time(exchange).await?;
-            if reply.status >= 400 {
-                Err(ClientError::refused(reply.status, reply.body))
-            } else {
-                Ok(reply)
-            }
+            if reply.status >= 400 { Err(ClientError::refused(reply.status, reply.body)) } else { Ok(reply) }
         })
     }
 
     /// Hands each event of a stream to `each`, until that breaks off or the daemon ends the stream.
-    pub fn stream_events(
-        &self,
-        path: &str,
-        mut each: impl FnMut(Value) -> ControlFlow<()>,
-    ) -> Result<(), ClientError> {
+    pub fn stream_events(&self, path: &str, mut each: impl FnMut(Value) -> ControlFlow<()>) -> Result<(), ClientError> {
         let request = build(&self.host, Method::GET, path, "application/x-ndjson", None)?;
         self.runtime.block_on(async {
             let mut connection = self.connect().await?;
-            let sent = async {
-                connection
-                    .send_request(request)
-                    .await
-                    .map_err(|error| self.lost(&error))
-            };
+            let sent = async { connection.send_request(request).await.map_err(|error| self.lost(&error)) };
             let response = self.in_time(sent).await?;
             if response.status().as_u16() >= 400 {
                 let reply = self.in_time(self.read(response)).await?;
@@ -176,10 +140,7 @@ impl Client {
         response: Response<Incoming>,
         each: &mut impl FnMut(Value) -> ControlFlow<()>,
     ) -> Result<(), ClientError> {
-        let content_type = response
-            .headers()
-            .get(header::CONTENT_TYPE)
-            .and_then(|value| value.to_str().ok());
+        let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let mut decoder = stream::Decoder::new(content_type.unwrap_or_default());
         let mut body = response.into_body();
         while let Some(frame) = body.frame().await {
@@ -208,12 +169,7 @@ impl Client {
 
     async fn read(&self, response: Response<Incoming>) -> Result<Reply, ClientError> {
         let status = response.status().as_u16();
-        let bytes = response
-            .into_body()
-            .collect()
-            .await
-            .map_err(|error| self.lost(&error))?
-            .to_bytes();
+        let bytes = response.into_body().collect().await.map_err(|error| self.lost(&error))?.to_bytes();
         let body = match bytes.as_ref() {
             [] => Value::Null,
             bytes => serde_json::from_slice(bytes)
@@ -222,25 +178,17 @@ impl Client {
         Ok(Reply { status, body })
     }
 
-    async fn in_time<T>(
-        &self,
-        answer: impl Future<Output = Result<T, ClientError>>,
-    ) -> Result<T, ClientError> {
+    async fn in_time<T>(&self, answer: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
         let Some(limit) = self.answer_timeout else {
             return answer.await;
         };
-        tokio::time::timeout(limit, answer)
-            .await
-            .unwrap_or_else(|_| Err(self.silent(limit)))
+        tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| Err(self.silent(limit)))
     }
 
     fn unreachable(&self, error: &io::Error) -> ClientError {
-        let told =
-            ClientError::no_instance(format!("no instance answers at {}: {error}", self.host));
+        let told = ClientError::no_instance(format!("no instance answers at {}: {error}", self.host));
         match error.kind() {
-            io::ErrorKind::PermissionDenied => {
-                told.hint("the socket is for its owner and group: run as one of them")
-            }
+            io::ErrorKind::PermissionDenied => told.hint("the socket is for its owner and group: run as one of them"),
             _ => told.hint("`nemesisfs list` shows the instances of this host and their state"),
         }
     }
@@ -262,9 +210,7 @@ async fn handshake<S>(stream: S) -> io::Result<SendRequest<Full<Bytes>>>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (sender, connection) = http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(io::Error::other)?;
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
     tokio::spawn(connection);
     Ok(sender)
 }
@@ -280,20 +226,13 @@ fn build(
         Host::Unix(_) => "localhost",
         Host::Tcp(address) => address,
     };
-    let mut request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header(header::HOST, authority)
-        .header(header::ACCEPT, accept);
+    let mut request =
+        Request::builder().method(method).uri(path).header(header::HOST, authority).header(header::ACCEPT, accept);
     if body.is_some() {
         request = request.header(header::CONTENT_TYPE, "application/json");
     }
-    let bytes = body
-        .map(|body| Bytes::from(body.to_string()))
-        .unwrap_or_default();
-    request
-        .body(Full::new(bytes))
-        .map_err(|error| ClientError::usage(format!("{path}: {error}")))
+    let bytes = body.map(|body| Bytes::from(body.to_string())).unwrap_or_default();
+    request.body(Full::new(bytes)).map_err(|error| ClientError::usage(format!("{path}: {error}")))
 }
 
 #[cfg(test)]
@@ -313,37 +252,16 @@ mod tests {
         fake.answer("PUT /v1/rules/a", 201, json!({"name": "a"}));
         fake.answer("DELETE /v1/rules/a", 204, Value::Null);
         let client = fake.client();
-        let reply = client
-            .put("/v1/rules/a", &json!({"enabled": true}))
-            .unwrap();
-        assert_eq!(
-            reply,
-            Reply {
-                status: 201,
-                body: json!({"name": "a"})
-            }
-        );
-        assert_eq!(
-            client.delete("/v1/rules/a").unwrap(),
-            Reply {
-                status: 204,
-                body: Value::Null
-            }
-        );
-        assert_eq!(
-            fake.seen()[0],
-            ("PUT /v1/rules/a".to_owned(), json!({"enabled": true}))
-        );
+        let reply = client.put("/v1/rules/a", &json!({"enabled": true})).unwrap();
+        assert_eq!(reply, Reply { status: 201, body: json!({"name": "a"}) });
+        assert_eq!(client.delete("/v1/rules/a").unwrap(), Reply { status: 204, body: Value::Null });
+        assert_eq!(fake.seen()[0], ("PUT /v1/rules/a".to_owned(), json!({"enabled": true})));
     }
 
     #[test]
     fn a_problem_document_becomes_the_error() {
         let fake = Fake::start();
-        fake.answer(
-            "GET /v1/rules/a",
-            404,
-            json!({"code": "not_found", "detail": "no rule \"a\""}),
-        );
+        fake.answer("GET /v1/rules/a", 404, json!({"code": "not_found", "detail": "no rule \"a\""}));
         let error = fake.client().get("/v1/rules/a").unwrap_err();
         assert_eq!((error.exit, error.status), (exit::NO_SUCH_THING, Some(404)));
         assert_eq!(error.detail(), "no rule \"a\"");
@@ -352,10 +270,7 @@ mod tests {
     #[test]
     fn a_socket_that_nobody_listens_on_is_exit_3() {
         let client = Client::new(Host::Unix("/nonexistent/n.sock".into()), LIMIT).unwrap();
-        assert_eq!(
-            client.get("/v1/version").unwrap_err().exit,
-            exit::NO_INSTANCE
-        );
+        assert_eq!(client.get("/v1/version").unwrap_err().exit, exit::NO_INSTANCE);
     }
 
     #[test]
@@ -363,13 +278,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("n.sock");
         let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let client = Client::new(Host::Unix(path), LIMIT)
-            .unwrap()
-            .answer_within(Some(LIMIT));
-        assert_eq!(
-            client.get("/v1/version").unwrap_err().exit,
-            exit::NO_INSTANCE
-        );
+        let client = Client::new(Host::Unix(path), LIMIT).unwrap().answer_within(Some(LIMIT));
+        assert_eq!(client.get("/v1/version").unwrap_err().exit, exit::NO_INSTANCE);
     }
 
     #[test]
@@ -389,19 +299,14 @@ mod tests {
             count += 1;
             ControlFlow::Break(())
         };
-        fake.client()
-            .stream_events("/v1/events", broken_off)
-            .unwrap();
+        fake.client().stream_events("/v1/events", broken_off).unwrap();
         assert_eq!(count, 1);
     }
 
     #[test]
     fn names_and_parameters_are_encoded() {
         assert_eq!(segment("a b/c"), "a%20b%2Fc");
-        let path = with_query(
-            "/v1/events",
-            [("path", Some("/a&b/**".into())), ("rule", None)],
-        );
+        let path = with_query("/v1/events", [("path", Some("/a&b/**".into())), ("rule", None)]);
         assert_eq!(path, "/v1/events?path=%2Fa%26b%2F**");
         assert_eq!(with_query("/v1/events", []), "/v1/events");
     }

@@ -17,10 +17,7 @@ pub struct Decoder {
 impl Decoder {
     /// A decoder for what `content_type` announces.
     pub fn new(content_type: &str) -> Self {
-        Decoder {
-            server_sent: content_type.starts_with("text/event-stream"),
-            ..Decoder::default()
-        }
+        Decoder { server_sent: content_type.starts_with("text/event-stream"), ..Decoder::default() }
     }
 
     /// Takes a piece and gives each event that ended in it.
@@ -63,26 +60,15 @@ mod tests {
         let text = ": alive\n\nid: b-1\r\nevent: rule\r\ndata: {\"event\":\ndata: \"rule\"}\r\n\r\ndata: {\"n\":1}\n\n";
         for size in 1..text.len() {
             let mut decoder = Decoder::new("text/event-stream; charset=utf-8");
-            let events: Vec<Value> = text
-                .as_bytes()
-                .chunks(size)
-                .flat_map(|piece| decoder.feed(piece))
-                .collect();
-            assert_eq!(
-                events,
-                [json!({"event": "rule"}), json!({"n": 1})],
-                "pieces of {size}"
-            );
+            let events: Vec<Value> = text.as_bytes().chunks(size).flat_map(|piece| decoder.feed(piece)).collect();
+            assert_eq!(events, [json!({"event": "rule"}), json!({"n": 1})], "pieces of {size}");
         }
     }
 
     #[test]
     fn lines_are_read_and_empty_ones_and_comments_passed_over() {
         let mut decoder = Decoder::new("application/x-ndjson");
-        assert_eq!(
-            decoder.feed(b"{\"n\":1}\n\n: alive\n{\"n\""),
-            [json!({"n": 1})]
-        );
+        assert_eq!(decoder.feed(b"{\"n\":1}\n\n: alive\n{\"n\""), [json!({"n": 1})]);
         assert_eq!(decoder.feed(b":2}\n"), [json!({"n": 2})]);
     }
 }

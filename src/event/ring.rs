@@ -28,7 +28,10 @@ pub struct Cursor(pub u64);
 pub enum Read {
     Event(Box<Record>),
     /// So many events were overwritten before they were read; go on from here.
-    Gap { missed: u64, next: Cursor },
+    Gap {
+        missed: u64,
+        next: Cursor,
+    },
     /// Nothing yet.
     Empty,
 }
@@ -40,6 +43,9 @@ pub struct Ring {
     next: AtomicU64,
     started: Instant,
     waker: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// Was something published since the listener was last told?
+    unseen: AtomicBool,
+    /// Was the listener told, and has not looked since?
     woken: AtomicBool,
 }
 
@@ -56,6 +62,7 @@ impl Ring {
             next: AtomicU64::new(1),
             started: Instant::now(),
             waker: OnceLock::new(),
+            unseen: AtomicBool::new(false),
             // Nobody listens yet.
             woken: AtomicBool::new(true),
         }
@@ -96,13 +103,18 @@ impl Ring {
         if slot.as_ref().is_none_or(|old| old.seq < seq) {
             *slot = Some(Record { seq, time_ns, monotonic_ns, body });
         }
+        drop(slot);
+        self.unseen.store(true, Release);
         seq
     }
 
-    /// Tells the listener, unless it was told and has not looked since. Readers of the mount call it after their
-    /// reply, so that waking the listener is not part of what the program waits for.
+    /// Tells the listener that something was published, unless it was told and has not looked since. Readers of the
+    /// mount call it after every reply, so that waking the listener is not part of what the program waits for; with
+    /// nothing published it is one relaxed load.
     pub fn wake(&self) {
-        if !self.woken.swap(true, AcqRel)
+        if self.unseen.load(Relaxed)
+            && self.unseen.swap(false, AcqRel)
+            && !self.woken.swap(true, AcqRel)
             && let Some(waker) = self.waker.get()
         {
             waker();
@@ -204,14 +216,20 @@ mod tests {
         let calls = Arc::new(AtomicU64::new(0));
         let seen = calls.clone();
         ring.set_waker(move || drop(seen.fetch_add(1, Relaxed)));
-        ring.wake();
+        let publish = |n| {
+            ring.inject(numbered(n));
+            ring.wake();
+        };
+        publish(1);
         assert_eq!(calls.load(Relaxed), 0, "nobody listens yet");
         ring.listen();
-        ring.wake();
-        ring.wake();
+        publish(2);
+        publish(3);
         assert_eq!(calls.load(Relaxed), 1);
         ring.listen();
         ring.wake();
+        assert_eq!(calls.load(Relaxed), 1, "nothing new");
+        publish(4);
         assert_eq!(calls.load(Relaxed), 2);
     }
 }

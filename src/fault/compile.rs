@@ -353,10 +353,8 @@ impl Check {
     fn distribution(&mut self, word: &str) -> Option<Distribution> {
         let parsed = Distribution::parse(word);
         if parsed.is_none() {
-            let problem = Problem::new(
-                "#/fault/distribution",
-                format!("fault.distribution: unknown distribution {word:?}"),
-            );
+            let problem =
+                Problem::new("#/fault/distribution", format!("fault.distribution: unknown distribution {word:?}"));
             self.found(problem.nearest(word, Distribution::WORDS.iter().copied()));
         }
         parsed

@@ -1,4 +1,4 @@
-//! Rules as documents: JSON bodies and rule files, with the place of what is wrong in them.
+//! Rules as documents: JSON bodies and the rules of files, with the place of what is wrong in them.
 //!
 //! Pure: called by the control thread and at start. Anything else than a rule of the contract is refused whole.
 
@@ -77,19 +77,6 @@ pub fn rules(document: serde_json::Value) -> Result<Vec<RuleSpec>, Problem> {
     }
 }
 
-/// A rule file: JSON when it looks like it, TOML (`[[rules]]`) otherwise.
-///
-/// # Errors
-/// As [`from_json`]; for TOML that does not parse, with its own message.
-pub fn rule_file(text: &str) -> Result<Vec<RuleSpec>, Problem> {
-    let json = text.trim_start().starts_with(['{', '[']) && !text.trim_start().starts_with("[[");
-    let value = match json {
-        true => serde_json::from_str(text).map_err(|error| Problem::new("#", error.to_string()))?,
-        false => toml::from_str::<serde_json::Value>(text).map_err(|error| Problem::new("#", error.to_string()))?,
-    };
-    rules(value)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,13 +95,5 @@ mod tests {
         let problem = from_json::<RuleSpec>(text).unwrap_err();
         assert_eq!(problem.pointer, "#/trigger/times");
         assert!(problem.detail.starts_with("trigger.times: "), "{}", problem.detail);
-    }
-
-    #[test]
-    fn rule_files_are_toml_or_json() {
-        let toml = "[[rules]]\nname = \"a\"\nmatch.ops = [\"write\"]\nfault = { kind = \"error\", errno = \"EIO\" }\n";
-        let json = r#"{"rules":[{"name":"a","match":{"ops":["write"]},"fault":{"kind":"error","errno":"EIO"}}]}"#;
-        assert_eq!(rule_file(toml).unwrap(), rule_file(json).unwrap());
-        assert!(rule_file("rules = 3").is_err());
     }
 }

@@ -121,9 +121,7 @@ impl Latency {
             Distribution::Fixed => mean,
             Distribution::Uniform => mean + width * (2.0 * u - 1.0),
             // Box and Muller (1958): two uniform draws give one normal.
-            Distribution::Normal => {
-                mean + width * (-2.0 * (1.0 - u).ln()).sqrt() * (std::f64::consts::TAU * v).cos()
-            }
+            Distribution::Normal => mean + width * (-2.0 * (1.0 - u).ln()).sqrt() * (std::f64::consts::TAU * v).cos(),
             Distribution::Exponential => -mean * (1.0 - u).ln(),
         };
         ns.clamp(0.0, LONGEST_DELAY_NS as f64) as u64

@@ -95,9 +95,7 @@ impl OpSet {
 
     /// Could a request of this operation be meant, conditions left open?
     pub const fn may_concern(self, op: Op) -> bool {
-        self.has(op)
-            || (self.grow() && op.can_grow())
-            || (self.truncate() && matches!(op, Op::Setattr))
+        self.has(op) || (self.grow() && op.can_grow()) || (self.truncate() && matches!(op, Op::Setattr))
     }
 
     /// The set that a word stands for: an operation, a group or a condition.
@@ -115,16 +113,8 @@ impl OpSet {
 }
 
 /// Operations that change a directory.
-pub const NAMES: OpSet = OpSet::of(&[
-    Op::Mknod,
-    Op::Mkdir,
-    Op::Unlink,
-    Op::Rmdir,
-    Op::Symlink,
-    Op::Rename,
-    Op::Link,
-    Op::Create,
-]);
+pub const NAMES: OpSet =
+    OpSet::of(&[Op::Mknod, Op::Mkdir, Op::Unlink, Op::Rmdir, Op::Symlink, Op::Rename, Op::Link, Op::Create]);
 
 const GROUPS: &[(&str, OpSet)] = &[
     ("data", OpSet::of(&[Op::Read, Op::Write, Op::CopyFileRange])),

@@ -15,8 +15,8 @@ use std::time::SystemTime;
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, INodeNo, InitFlags, IoctlFlags,
     KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen, ReplyPoll,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::call::{Call, Caller, Changes, Origin, Reply, Time};
@@ -46,12 +46,7 @@ const MAX_WRITE: u32 = 1 << 20;
 
 impl Adapter {
     fn serve(&self, request: &Request, call: Call<'_>, reply: Reply) {
-        let caller = Caller {
-            unique: request.unique().0,
-            uid: request.uid(),
-            gid: request.gid(),
-            tid: request.pid(),
-        };
+        let caller = Caller { unique: request.unique().0, uid: request.uid(), gid: request.gid(), tid: request.pid() };
         // The hook has logged it with its place. The dropped reply has answered EIO.
         let _ = catch_unwind(AssertUnwindSafe(|| self.0.serve(caller, call, reply)));
     }

@@ -72,13 +72,14 @@ impl Mode {
         let eio = Fault::Error { errno: libc::EIO };
         Some(match self {
             Mode::AllowWrites => return None,
-            Mode::DropWrites => (&["write", "copy_file_range", "fallocate", "truncate", "fsync", "fsyncdir"], Fault::Drop),
+            Mode::DropWrites => {
+                (&["write", "copy_file_range", "fallocate", "truncate", "fsync", "fsyncdir"], Fault::Drop)
+            }
             Mode::ErrorWrites => (&["write", "copy_file_range", "fallocate", "truncate", "fsync", "fsyncdir"], eio),
             Mode::ErrorReads => (&["read", "copy_file_range", "readdir", "readlink"], eio),
-            Mode::ErrorAll => (
-                &["data", "fallocate", "truncate", "fsync", "fsyncdir", "names", "readdir", "readlink"],
-                eio,
-            ),
+            Mode::ErrorAll => {
+                (&["data", "fallocate", "truncate", "fsync", "fsyncdir", "names", "readdir", "readlink"], eio)
+            }
             Mode::Enospc => (&["grow", "mkdir"], Fault::Full),
         })
     }

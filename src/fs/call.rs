@@ -10,8 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
 };
 
 use crate::fault::Op;
@@ -238,9 +237,7 @@ impl Call<'_> {
             Call::Mkdir { parent, name, mode, umask } => Call::Mkdir { parent, name: own(name), mode, umask },
             Call::Unlink { parent, name } => Call::Unlink { parent, name: own(name) },
             Call::Rmdir { parent, name } => Call::Rmdir { parent, name: own(name) },
-            Call::Symlink { parent, name, target } => {
-                Call::Symlink { parent, name: own(name), target: own(target) }
-            }
+            Call::Symlink { parent, name, target } => Call::Symlink { parent, name: own(name), target: own(target) },
             Call::Rename { parent, name, to_parent, to_name, flags } => {
                 Call::Rename { parent, name: own(name), to_parent, to_name: own(to_name), flags }
             }

@@ -76,9 +76,8 @@ impl Holds {
     pub fn told(&self, piece: &Piece, errno: i32, firing: &Firing) -> bool {
         let mut list = self.list.lock();
         self.expire(&mut list);
-        let readahead = piece.op == Op::Read
-            && piece.cached
-            && !list.iter().any(|hold| !hold.owed && hold.lacks_contents(piece));
+        let readahead =
+            piece.op == Op::Read && piece.cached && !list.iter().any(|hold| !hold.owed && hold.lacks_contents(piece));
         let seen = !readahead && (piece.writeback || program_sees(piece));
         if piece.op == Op::Read && piece.cached || !seen {
             if list.len() >= MOST {

@@ -9,6 +9,7 @@ pub mod arming;
 mod buffer;
 pub mod call;
 pub mod clock;
+mod evict;
 pub mod files;
 pub mod hold;
 pub mod inode;
@@ -19,6 +20,7 @@ pub mod park;
 pub mod process;
 pub mod serve;
 pub mod tree;
+pub mod usage;
 pub mod workers;
 
 pub use arming::{Changed, Mode};

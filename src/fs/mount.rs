@@ -6,85 +6,10 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-
-/// The type under which the kernel lists our mounts.
-pub const TYPE: &str = "fuse.nemesisfs";
-/// What stands before the instance's name in the source of a mount.
-pub const SOURCE: &str = "nemesisfs:";
-
-const FUSECTL: &str = "/sys/fs/fuse/connections";
-
-/// One line of the mount table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mount {
-    pub id: u64,
-    /// Minor number of the device: for FUSE, the number of the connection.
-    pub minor: u32,
-    pub mountpoint: PathBuf,
-    pub kind: String,
-    pub source: String,
-}
-
-impl Mount {
-    pub fn is_ours(&self) -> bool {
-        self.kind == TYPE
-    }
-
-    /// The instance whose mount it is.
-    pub fn instance(&self) -> Option<&str> {
-        self.source.strip_prefix(SOURCE).filter(|_| self.is_ours())
-    }
-}
-
-/// The mount table of this process, in order: of two mounts at one place the later is on top.
-///
-/// # Errors
-/// When procfs cannot be read.
-pub fn mounts() -> io::Result<Vec<Mount>> {
-    let table = fs::read("/proc/self/mountinfo")?;
-    Ok(table.split(|byte| *byte == b'\n').filter_map(parse).collect())
-}
-
-fn parse(line: &[u8]) -> Option<Mount> {
-    let line: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
-    let dash = line.iter().position(|word| *word == b"-")?;
-    let text = |word: &[u8]| String::from_utf8_lossy(&unescape(word)).into_owned();
-    Some(Mount {
-        id: text(line.first()?).parse().ok()?,
-        minor: text(line.get(2)?).split_once(':')?.1.parse().ok()?,
-        mountpoint: PathBuf::from(std::ffi::OsString::from_vec(unescape(line.get(4)?))),
-        kind: text(line.get(dash + 1)?),
-        source: text(line.get(dash + 2)?),
-    })
-}
-
-/// Blanks and backslashes stand as `\040` and the like.
-fn unescape(word: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(word.len());
-    let mut rest = word;
-    while let Some((first, tail)) = rest.split_first() {
-        let octal = tail.get(..3).filter(|_| *first == b'\\').and_then(|digits| {
-            u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok()
-        });
-        match octal {
-            Some(byte) => {
-                plain.push(byte);
-                rest = &tail[3..];
-            }
-            None => {
-                plain.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    plain
-}
+use crate::sys::mounts;
 
 /// A process that has something open below a place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,7 +92,8 @@ pub fn prepare(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<P
         }
     }
     clean_stale(mountpoint)?;
-    let places = Places { backing: directory(backing, "backing directory")?, mountpoint: directory(mountpoint, "mountpoint")? };
+    let places =
+        Places { backing: directory(backing, "backing directory")?, mountpoint: directory(mountpoint, "mountpoint")? };
     if places.mountpoint != places.backing {
         if places.mountpoint.starts_with(&places.backing) {
             return Err(refuse(
@@ -175,9 +101,9 @@ pub fn prepare(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<P
                 "mount in place (BACKING = MOUNTPOINT), or choose a mountpoint outside",
             ));
         }
-        if let Some(there) = mounts().unwrap_or_default().iter().rfind(|m| m.mountpoint == places.mountpoint) {
+        if let Ok(Some(there)) = mounts::at(&places.mountpoint) {
             return Err(refuse(
-                format!("{} is busy: {} ({}) is mounted there", mountpoint.display(), there.source, there.kind),
+                format!("{} is busy: {} ({}) is mounted there", mountpoint.display(), there.source, there.filesystem),
                 "choose an empty directory, or mount in place (BACKING = MOUNTPOINT)",
             ));
         }
@@ -227,15 +153,13 @@ fn directory(path: &Path, what: &str) -> Result<PathBuf, Refused> {
 /// Removes mounts at this place whose daemon is gone. A FUSE mount that does not answer `ENOTCONN` is left alone.
 fn clean_stale(mountpoint: &Path) -> Result<(), Refused> {
     loop {
-        let table = mounts().unwrap_or_default();
-        let top = table.iter().rfind(|mount| mount.mountpoint == mountpoint);
-        let Some(top) = top.filter(|mount| mount.kind.starts_with("fuse")) else { return Ok(()) };
-        let dead = matches!(nix::sys::stat::stat(mountpoint), Err(nix::errno::Errno::ENOTCONN));
-        if !dead {
+        let top = mounts::at(mountpoint).ok().flatten();
+        let Some(top) = top.filter(|mount| mount.filesystem.starts_with("fuse")) else { return Ok(()) };
+        if !mounts::is_disconnected(mountpoint) {
             return Ok(());
         }
         tracing::info!(mountpoint = %mountpoint.display(), source = top.source, "removing a mount whose daemon is gone");
-        detach(mountpoint).map_err(|error| {
+        mounts::unmount(mountpoint, true).map_err(|error| {
             refuse(
                 format!("{} is a dead mount and cannot be removed: {error}", mountpoint.display()),
                 format!("umount -l {}", mountpoint.display()),
@@ -260,49 +184,10 @@ pub enum How {
 /// # Errors
 /// `EBUSY` when somebody uses it, and whatever else umount says.
 pub fn unmount(mountpoint: &Path, minor: u32, how: How) -> io::Result<()> {
-    match how {
-        How::Normal => by_kernel_or_helper(mountpoint, MntFlags::empty(), &["-u"]),
-        How::Lazy => detach(mountpoint),
-        How::Force => {
-            abort(minor)?;
-            detach(mountpoint)
-        }
+    if how == How::Force {
+        mounts::abort(minor)?;
     }
-}
-
-fn detach(mountpoint: &Path) -> io::Result<()> {
-    by_kernel_or_helper(mountpoint, MntFlags::MNT_DETACH, &["-u", "-z"])
-}
-
-/// Without privilege only the setuid helper may unmount.
-fn by_kernel_or_helper(mountpoint: &Path, flags: MntFlags, helper: &[&str]) -> io::Result<()> {
-    match umount2(mountpoint, flags | MntFlags::UMOUNT_NOFOLLOW) {
-        Err(nix::errno::Errno::EPERM) => {
-            let done = Command::new("fusermount3").args(helper).arg("--").arg(mountpoint).output()?;
-            match done.status.success() {
-                true => Ok(()),
-                false if done.stderr.windows(4).any(|word| word == b"busy") => {
-                    Err(io::Error::from_raw_os_error(libc::EBUSY))
-                }
-                false => Err(io::Error::other(String::from_utf8_lossy(&done.stderr).trim().to_string())),
-            }
-        }
-        // Not mounted any more: that is what was wanted.
-        Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => Ok(()),
-        other => Ok(other?),
-    }
-}
-
-/// Cuts the connection of a FUSE mount: every call that waits fails with `ECONNABORTED`.
-///
-/// # Errors
-/// When the control filesystem can be neither found nor mounted, or there is no such connection.
-pub fn abort(minor: u32) -> io::Result<()> {
-    let file = Path::new(FUSECTL).join(minor.to_string()).join("abort");
-    if !Path::new(FUSECTL).join(minor.to_string()).exists() {
-        mount(Some("none"), FUSECTL, Some("fusectl"), MsFlags::empty(), None::<&str>)?;
-    }
-    fs::write(file, "1")
+    Ok(mounts::unmount(mountpoint, how != How::Normal)?)
 }
 
 /// Tries for a while: after its requests have been answered, a program takes a moment to close its files.
@@ -315,19 +200,5 @@ pub fn unmount_patiently(mountpoint: &Path, minor: u32, patience: Duration) -> i
             }
             other => return other,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_line_of_the_mount_table_is_read_with_its_escapes() {
-        let line = b"36 35 0:51 / /mnt/with\\040blank rw,nosuid shared:1 - fuse.nemesisfs nemesisfs:n1 rw,user_id=0";
-        let mount = parse(line).unwrap();
-        assert_eq!((mount.id, mount.minor), (36, 51));
-        assert_eq!(mount.mountpoint, Path::new("/mnt/with blank"));
-        assert_eq!(mount.instance(), Some("n1"));
     }
 }

@@ -94,6 +94,11 @@ impl Parking {
         self.nudge(self.state.lock());
     }
 
+    /// Back from [`Parking::close`]: the mount goes on after all.
+    pub fn open(&self) {
+        self.closed.store(false, Release);
+    }
+
     pub fn len(&self) -> usize {
         self.count.load(Acquire)
     }

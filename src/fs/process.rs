@@ -32,9 +32,7 @@ pub fn of_thread(tid: u32) -> Process {
     }
     let now = Instant::now();
     SEEN.with_borrow_mut(|seen| {
-        if let Some((_, _, process)) =
-            seen.iter().find(|(id, at, _)| *id == tid && now.duration_since(*at) < KEEP)
-        {
+        if let Some((_, _, process)) = seen.iter().find(|(id, at, _)| *id == tid && now.duration_since(*at) < KEEP) {
             return *process;
         }
         let process = read(tid).unwrap_or(Process { pid: tid, ..Process::default() });

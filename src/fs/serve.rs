@@ -213,8 +213,7 @@ impl Core {
             Call::Fsync { .. } | Call::Fsyncdir { .. } => true,
             // Through the page cache the kernel sends an fsync of its own after such a write.
             Call::Write { fh, flags, .. } => {
-                flags & (libc::O_SYNC | libc::O_DSYNC) != 0
-                    && self.files.get(*fh).is_ok_and(|file| !file.cached)
+                flags & (libc::O_SYNC | libc::O_DSYNC) != 0 && self.files.get(*fh).is_ok_and(|file| !file.cached)
             }
             _ => false,
         }
@@ -360,9 +359,8 @@ impl<'a> Request<'a> {
 
     /// Paths by name, where the operation works on names; link's own file comes with its paths too.
     fn name_paths(&self) -> impl Iterator<Item = Vec<u8>> + Clone + use<'_> {
-        let named = self.call.names().filter_map(|(parent, name)| {
-            Some(self.core.tree.get(parent).ok()?.child_path(name))
-        });
+        let named =
+            self.call.names().filter_map(|(parent, name)| Some(self.core.tree.get(parent).ok()?.child_path(name)));
         let linked = matches!(self.call, Call::Link { .. }).then(|| self.inode()).flatten();
         named.chain(linked.map(|inode| inode.path(self.core.tree.version()).to_vec()))
     }

@@ -57,17 +57,11 @@ pub fn of(fd: impl AsFd) -> io::Result<FileHandle> {
 /// # Errors
 /// `ESTALE` when the file is gone, `EPERM` without `CAP_DAC_READ_SEARCH`.
 pub fn open(mount: BorrowedFd<'_>, handle: &FileHandle, flags: i32) -> io::Result<OwnedFd> {
-    let mut raw =
-        Raw { handle_bytes: handle.bytes.len() as u32, handle_type: handle.kind, f_handle: [0; LARGEST] };
+    let mut raw = Raw { handle_bytes: handle.bytes.len() as u32, handle_type: handle.kind, f_handle: [0; LARGEST] };
     raw.f_handle[..handle.bytes.len()].copy_from_slice(&handle.bytes);
     // SAFETY: `raw` has the layout of `struct file_handle` and lives for the call.
     let fd = check(unsafe {
-        libc::syscall(
-            libc::SYS_open_by_handle_at,
-            mount.as_raw_fd(),
-            &raw mut raw,
-            flags | libc::O_CLOEXEC,
-        )
+        libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), &raw mut raw, flags | libc::O_CLOEXEC)
     })?;
     // SAFETY: the kernel has just given us this descriptor, nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })

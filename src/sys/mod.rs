@@ -1,7 +1,7 @@
-//! Linux interfaces that nix does not wrap, one a file. The only place with `unsafe`.
+//! Linux interfaces that no library wraps as we need them, one a file. The only place with `unsafe`.
 //!
-//! Each function is one or two system calls with an owned or borrowed descriptor; it allocates only for its result,
-//! takes no lock, and can be called from any thread (those of [`ids`] act on the calling thread alone).
+//! Most functions are one or two system calls with an owned or borrowed descriptor; none takes a lock, and all can be
+//! called from any thread (those of [`ids`] act on the calling thread alone).
 
 #![allow(unsafe_code)]
 
@@ -10,6 +10,7 @@ pub mod fiemap;
 pub mod handle;
 pub mod ids;
 pub mod ioctl;
+pub mod mounts;
 pub mod xattr;
 
 use std::io;

@@ -16,34 +16,29 @@ fn path(fd: impl AsFd) -> CString {
 }
 
 pub fn set(fd: impl AsFd, name: &CStr, value: &[u8], flags: i32) -> io::Result<()> {
-    let path = path(fd);
+    let path = path(&fd);
     // SAFETY: both strings end in NUL, the value is read for its length, all live for the call.
-    check(unsafe {
-        libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags)
-    })
-    .map(drop)
+    check(unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags) }).map(drop)
 }
 
 /// Reads a value; an empty buffer asks for its size.
 pub fn get(fd: impl AsFd, name: &CStr, buffer: &mut [u8]) -> io::Result<usize> {
-    let path = path(fd);
+    let path = path(&fd);
     // SAFETY: both strings end in NUL, at most `buffer.len()` bytes are written, all live for the call.
-    check(unsafe {
-        libc::getxattr(path.as_ptr(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len())
-    } as i64)
-    .map(|size| size as usize)
+    check(unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) } as i64)
+        .map(|size| size as usize)
 }
 
 /// Reads the names; an empty buffer asks for their size.
 pub fn list(fd: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
-    let path = path(fd);
+    let path = path(&fd);
     // SAFETY: the string ends in NUL, at most `buffer.len()` bytes are written, both live for the call.
     check(unsafe { libc::listxattr(path.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) } as i64)
         .map(|size| size as usize)
 }
 
 pub fn remove(fd: impl AsFd, name: &CStr) -> io::Result<()> {
-    let path = path(fd);
+    let path = path(&fd);
     // SAFETY: both strings end in NUL and live for the call.
     check(unsafe { libc::removexattr(path.as_ptr(), name.as_ptr()) }).map(drop)
 }

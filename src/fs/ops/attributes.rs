@@ -133,7 +133,7 @@ impl Core {
 
     fn chmod(&self, fd: impl AsFd, mode: u32) -> io::Result<()> {
         let mode = Mode::from_bits_truncate(mode & 0o7777);
-        Ok(fchmodat(AT_FDCWD, proc_path(fd).as_str(), mode, FchmodatFlags::FollowSymlink)?)
+        Ok(fchmodat(AT_FDCWD, proc_path(&fd).as_str(), mode, FchmodatFlags::FollowSymlink)?)
     }
 
     fn truncate(&self, caller: &Caller, inode: &Arc<Inode>, fh: Option<u64>, size: u64, drop: bool) -> io::Result<()> {

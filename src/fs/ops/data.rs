@@ -17,9 +17,10 @@ use nix::unistd::Whence;
 use parking_lot::MutexGuard;
 
 use super::names::Creation;
-use crate::durability::{Undo, undo};
+use crate::durability::Undo;
 use crate::fs::buffer;
 use crate::fs::call::{Answer, Call, Caller};
+use crate::fs::evict::Backing;
 use crate::fs::files::OpenFile;
 use crate::fs::inode::Inode;
 use crate::fs::serve::Core;
@@ -172,13 +173,8 @@ impl Core {
                 change.lose(range.clone())?;
             }
             let (mut at, mut to_at) = (*offset as i64, range.start as i64);
-            let copied = nix::fcntl::copy_file_range(
-                &from.file,
-                Some(&mut at),
-                &to.file,
-                Some(&mut to_at),
-                length as usize,
-            )?;
+            let copied =
+                nix::fcntl::copy_file_range(&from.file, Some(&mut at), &to.file, Some(&mut to_at), length as usize)?;
             change.kept(drop, range.start..range.start + copied as u64);
             Ok(copied)
         })?;
@@ -290,33 +286,6 @@ impl Core {
         }
         result
     }
-
-    /// Takes back what was dropped on one file: writes the old bytes, and makes the kernel forget the new ones.
-    /// Called by helpers, never by a reader: the kernel may write back mapped pages first.
-    ///
-    /// # Errors
-    /// When the backing file cannot be written; then what is left stays in the log.
-    pub fn evict(&self, inode: &Arc<Inode>) -> io::Result<undo::Evicted> {
-        self.forget_pages(inode.id);
-        let file = File::from(inode.open(libc::O_RDWR)?);
-        let mut log = inode.undo.lock();
-        let evicted = log.evict(&mut Backing { write: file.as_fd(), read: &file })?;
-        inode.undoable.store(!log.is_empty(), Release);
-        drop(log);
-        if self.capacity.limits() {
-            self.capacity.settle(self.capacity.reserve(0, self.block).1, &inode.usage, stat(&file)?.st_blocks as u64);
-        }
-        self.forget_pages(inode.id);
-        self.tree.settle(inode.id);
-        Ok(evicted)
-    }
-
-    fn forget_pages(&self, id: u64) {
-        if let Some(notifier) = self.notifier.get() {
-            // Fails once the mount is gone, and then there is no page left.
-            let _ = notifier.inval_inode(fuser::INodeNo(id), 0, 0);
-        }
-    }
 }
 
 /// One change of a file's contents under way.
@@ -382,38 +351,6 @@ impl Change<'_> {
         if let Some(undo) = self.undo.as_mut() {
             undo.after_truncate(size);
         }
-    }
-}
-
-/// The backing file for the undo log.
-struct Backing<'a> {
-    write: BorrowedFd<'a>,
-    read: &'a File,
-}
-
-impl undo::File for Backing<'_> {
-    fn size(&mut self) -> io::Result<u64> {
-        Ok(stat(self.write)?.st_size as u64)
-    }
-
-    fn read(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        self.read.read_at(buffer, offset)
-    }
-
-    fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.read.write_all_at(data, offset)
-    }
-
-    fn zero(&mut self, range: Range<u64>) -> io::Result<()> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(nix::fcntl::fallocate(self.read, punch, range.start as i64, (range.end - range.start) as i64)?)
-    }
-
-    fn truncate(&mut self, size: u64) -> io::Result<()> {
-        self.read.set_len(size)
     }
 }
 

@@ -33,9 +33,7 @@ impl Core {
             Call::Getattr { ino, fh } => self.getattr(*ino, *fh),
             Call::Setattr { ino, fh, changes } => self.setattr(caller, *ino, *fh, changes, drop),
             Call::Readlink { ino } => self.readlink(*ino),
-            Call::Mknod { parent, name, mode, umask, rdev } => {
-                self.mknod(caller, *parent, name, *mode, *umask, *rdev)
-            }
+            Call::Mknod { parent, name, mode, umask, rdev } => self.mknod(caller, *parent, name, *mode, *umask, *rdev),
             Call::Mkdir { parent, name, mode, umask } => self.mkdir(caller, call, *parent, name, (*mode, *umask)),
             Call::Unlink { parent, name } => self.unlink(*parent, name),
             Call::Rmdir { parent, name } => self.rmdir(*parent, name),
@@ -69,9 +67,7 @@ impl Core {
             Call::Listxattr { ino, size } => self.listxattr(*ino, *size),
             Call::Removexattr { ino, name } => self.removexattr(*ino, name),
             Call::Lseek { fh, offset, whence, .. } => self.lseek(*fh, *offset, *whence),
-            Call::Ioctl { ino, command, input, output_size, .. } => {
-                self.ioctl(*ino, *command, input, *output_size)
-            }
+            Call::Ioctl { ino, command, input, output_size, .. } => self.ioctl(*ino, *command, input, *output_size),
         }
     }
 }

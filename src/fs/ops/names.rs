@@ -54,9 +54,7 @@ impl Core {
         let parent = self.tree.get(parent)?;
         let dir = parent.path_fd()?;
         let mode = Mode::from_bits_truncate(creation.mode & 0o7777);
-        ids::with_umask(creation.umask, || {
-            ids::as_caller(caller.uid, caller.gid, || act(dir.as_fd(), name, mode))
-        })?;
+        ids::with_umask(creation.umask, || ids::as_caller(caller.uid, caller.gid, || act(dir.as_fd(), name, mode)))?;
         self.entry(&parent, name)
     }
 

@@ -1,11 +1,12 @@
-//! The kernel's mount table, and what can be done to a mount whose daemon does not answer: abort its connection
-//! through fusectl, and detach it.
+//! The kernel's mount table, and what can be done to a mount: unmount it, detach it, abort the connection of a FUSE
+//! mount through fusectl.
 //!
-//! Thread: the caller's. Locks: none. Must never: look at a mountpoint, except in `is_disconnected`, whose look is
-//! made by a thread that nobody waits for longer than two seconds.
+//! Thread: the caller's, never a reader. Locks: none. Must never: look at a mountpoint, except in `is_disconnected`,
+//! whose look is made by a thread that nobody waits for longer than two seconds.
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -14,12 +15,13 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
 
-use super::instances::same_place;
-
 /// The type under which the kernel lists a mount of ours.
 pub const FILESYSTEM_TYPE: &str = "fuse.nemesisfs";
 
 const FUSECTL: &str = "/sys/fs/fuse/connections";
+
+/// What stands before the instance's name in the source of a mount of ours.
+pub const SOURCE: &str = "nemesisfs:";
 
 /// One line of the mount table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,11 +39,7 @@ impl Mount {
         if self.filesystem != FILESYSTEM_TYPE {
             return None;
         }
-        Some(
-            self.source
-                .strip_prefix("nemesisfs:")
-                .unwrap_or(&self.source),
-        )
+        Some(self.source.strip_prefix(SOURCE).unwrap_or(&self.source))
     }
 }
 
@@ -50,12 +48,9 @@ pub fn all() -> io::Result<Vec<Mount>> {
     Ok(parse(&fs::read_to_string("/proc/self/mountinfo")?))
 }
 
-/// The uppermost mount at a place.
+/// The uppermost mount at a place, by its resolved absolute path.
 pub fn at(path: &Path) -> io::Result<Option<Mount>> {
-    Ok(all()?
-        .into_iter()
-        .rev()
-        .find(|mount| same_place(&mount.mountpoint, path)))
+    Ok(all()?.into_iter().rev().find(|mount| mount.mountpoint == path))
 }
 
 fn parse(table: &str) -> Vec<Mount> {
@@ -78,19 +73,27 @@ fn parse_line(line: &str) -> Option<Mount> {
 
 /// The kernel writes space, tab, newline and backslash as three octal digits.
 fn unescape(word: &str) -> String {
-    word.replace("\\040", " ")
-        .replace("\\011", "\t")
-        .replace("\\012", "\n")
-        .replace("\\134", "\\")
+    word.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+}
+
+/// Mounts a FUSE filesystem of ours with every permission check left to the kernel, for all users; gives the
+/// connection. Needs root.
+///
+/// We do this ourselves, because fuser unmounts once more at the end of a session, by path: in place, that would be the
+/// filesystem below.
+pub fn mount(mountpoint: &Path, instance: &str, flags: MsFlags) -> io::Result<OwnedFd> {
+    let open = nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_CLOEXEC;
+    let device = nix::fcntl::open("/dev/fuse", open, nix::sys::stat::Mode::empty())?;
+    let options =
+        format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", device.as_raw_fd());
+    let source = format!("{SOURCE}{instance}");
+    nix::mount::mount(Some(source.as_str()), mountpoint, Some(FILESYSTEM_TYPE), flags, Some(options.as_str()))?;
+    Ok(device)
 }
 
 /// Unmounts by the system call, or by fusermount3 where the call is not allowed to this user.
 pub fn unmount(mountpoint: &Path, detach: bool) -> Result<(), Errno> {
-    let how = if detach {
-        MntFlags::MNT_DETACH
-    } else {
-        MntFlags::empty()
-    };
+    let how = if detach { MntFlags::MNT_DETACH } else { MntFlags::empty() };
     match nix::mount::umount2(mountpoint, how | MntFlags::UMOUNT_NOFOLLOW) {
         Err(Errno::EPERM) => fusermount(mountpoint, detach),
         // It is what was wanted: somebody else was faster.
@@ -126,26 +129,15 @@ pub fn is_disconnected(mountpoint: &Path) -> bool {
     std::thread::spawn(move || {
         let _ = answer.send(nix::sys::stat::lstat(&path).err());
     });
-    matches!(
-        asked.recv_timeout(Duration::from_secs(2)),
-        Ok(Some(Errno::ENOTCONN))
-    )
+    matches!(asked.recv_timeout(Duration::from_secs(2)), Ok(Some(Errno::ENOTCONN)))
 }
 
 /// Cuts the connection of a mount, whatever its daemon is doing: every request on it fails from then on.
-pub fn abort(mount: &Mount) -> io::Result<()> {
-    let abort = Path::new(FUSECTL)
-        .join(mount.minor.to_string())
-        .join("abort");
+pub fn abort(minor: u32) -> io::Result<()> {
+    let abort = Path::new(FUSECTL).join(minor.to_string()).join("abort");
     if !abort.exists() {
         let nothing: Option<&str> = None;
-        nix::mount::mount(
-            Some("fusectl"),
-            FUSECTL,
-            Some("fusectl"),
-            MsFlags::empty(),
-            nothing,
-        )?;
+        nix::mount::mount(Some("fusectl"), FUSECTL, Some("fusectl"), MsFlags::empty(), nothing)?;
     }
     fs::write(abort, "1")
 }
@@ -163,10 +155,7 @@ mod tests {
     #[test]
     fn a_mount_of_ours_is_known_by_its_type_and_names_its_instance() {
         let mounts = parse(TABLE);
-        assert_eq!(
-            mounts.iter().map(Mount::instance).collect::<Vec<_>>(),
-            [None, Some("n1"), None]
-        );
+        assert_eq!(mounts.iter().map(Mount::instance).collect::<Vec<_>>(), [None, Some("n1"), None]);
         assert_eq!(mounts[1].mountpoint, Path::new("/mnt/with space"));
         assert_eq!(mounts[1].minor, 57);
     }

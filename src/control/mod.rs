@@ -1,0 +1,239 @@
+//! The socket: HTTP/1.1 on a Unix socket, and the stream of events.
+//!
+//! One thread of its own, a single-threaded tokio runtime, never in the hot path. It never touches the mount and takes
+//! no lock that a reader holds across a system call, so it answers while everything else hangs; what could wait (making the
+//! kernel forget, evicting, counting a tree, unmounting) is done by helper threads that it awaits.
+//!
+//! One file for each resource: bytes in, a call of the filesystem's own functions, a document out.
+
+mod body;
+mod events;
+mod mode;
+mod problem;
+mod requests;
+mod rules;
+mod space;
+mod state;
+
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::http::{Method, Uri};
+use axum::routing::{get, post};
+use crossbeam_channel::Sender;
+use serde_json::Value;
+use tokio::sync::Notify;
+
+use crate::event::{Cursor, Ring};
+use crate::fault::Rule;
+use crate::fs::mount::{Holder, How};
+use crate::fs::{Changed, Core, Ended, kernel_cache};
+use problem::Problem;
+
+/// How long a change of the rules waits for the kernel to forget what could hide them.
+const FORGET_LIMIT: Duration = Duration::from_secs(2);
+/// How long open connections may take to end when the daemon does.
+const END_LIMIT: Duration = Duration::from_millis(500);
+
+/// Who this daemon is.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub instance: String,
+    /// Distinguishes this run's events from those of an earlier daemon under the same name.
+    pub boot_id: String,
+    pub backing: PathBuf,
+    pub mountpoint: PathBuf,
+    pub socket: PathBuf,
+    pub log: Option<PathBuf>,
+    pub readers: usize,
+}
+
+/// A client wants the mount to end.
+pub struct Unmount {
+    pub how: How,
+    pub done: tokio::sync::oneshot::Sender<Result<(), Unmounted>>,
+}
+
+/// Why it did not.
+#[derive(Debug)]
+pub enum Unmounted {
+    Busy(Vec<Holder>),
+    Failed(String),
+}
+
+/// What the handlers share.
+pub struct Control {
+    pub core: Arc<Core>,
+    pub identity: Identity,
+    started: Instant,
+    published: Notify,
+    unmount: Sender<Unmount>,
+    /// One space request at a time: counting a tree takes a while.
+    space: tokio::sync::Mutex<space::Requested>,
+}
+
+type Shared = axum::extract::State<Arc<Control>>;
+type Answer = Result<axum::response::Response, Problem>;
+
+/// The control thread, running.
+pub struct Running {
+    thread: JoinHandle<()>,
+    stop: Arc<Notify>,
+}
+
+impl Running {
+    /// Ends it, once the last events have been sent, or soon.
+    pub fn stop(self) {
+        self.stop.notify_one();
+        let _ = self.thread.join();
+    }
+}
+
+/// Starts the control thread on a socket that listens already.
+///
+/// # Errors
+/// When the thread or its runtime cannot be started.
+pub fn start(
+    listener: UnixListener,
+    core: Arc<Core>,
+    identity: Identity,
+    unmount: Sender<Unmount>,
+) -> std::io::Result<Running> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().thread_name("helper").build()?;
+    let ring = core.ring.clone();
+    let control = Arc::new(Control {
+        core,
+        identity,
+        started: Instant::now(),
+        published: Notify::new(),
+        unmount,
+        space: Default::default(),
+    });
+    let waker = control.clone();
+    ring.set_waker(move || waker.published.notify_waiters());
+    let stop = Arc::new(Notify::new());
+    let stopped = stop.clone();
+    let thread = std::thread::Builder::new().name("control".into()).spawn(move || {
+        if let Err(error) = runtime.block_on(serve(listener, control, stopped)) {
+            tracing::error!(%error, "the control socket has failed");
+        }
+        // A helper may hang in the mount; nobody waits for it.
+        runtime.shutdown_background();
+    })?;
+    Ok(Running { thread, stop })
+}
+
+async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Notify>) -> std::io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    let ending = stop.clone();
+    let server = axum::serve(listener, router(control)).with_graceful_shutdown(async move { ending.notified().await });
+    tokio::select! {
+        result = std::future::IntoFuture::into_future(server) => result,
+        () = async {
+            stop.notified().await;
+            // The server was told too: `notify_one` wakes one, so pass it on.
+            stop.notify_one();
+            tokio::time::sleep(END_LIMIT).await;
+        } => Ok(()),
+    }
+}
+
+fn router(control: Arc<Control>) -> Router {
+    Router::new()
+        .route("/v1/version", get(state::version))
+        .route("/v1/health", get(state::health))
+        .route("/v1/reset", post(state::reset))
+        .route("/v1/evict", post(state::evict))
+        .route("/v1/unmount", post(state::unmount))
+        .route("/v1/rules", get(rules::list).put(rules::replace).delete(rules::clear))
+        .route("/v1/rules/{name}", get(rules::show).put(rules::put).patch(rules::patch).delete(rules::remove))
+        .route("/v1/rules/{name}/wait", get(rules::wait))
+        .route("/v1/rules/{name}/release", post(rules::release))
+        .route("/v1/mode", get(mode::show).put(mode::set))
+        .route("/v1/space", get(space::show).put(space::set).delete(space::clear))
+        .route("/v1/events", get(events::stream))
+        .route("/v1/requests", get(requests::list))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(unknown_method)
+        .with_state(control)
+}
+
+async fn unknown_route(uri: Uri) -> Problem {
+    let detail = format!("there is no {}", uri.path());
+    Problem::new(404, "unknown_route", detail).hint("the routes are in docs/api.md")
+}
+
+async fn unknown_method(method: Method, uri: Uri) -> Problem {
+    Problem::new(405, "method_not_allowed", format!("{} takes no {method}", uri.path()))
+}
+
+impl Control {
+    fn ring(&self) -> &Ring {
+        &self.core.ring
+    }
+
+    /// The id of the newest event: what comes after it is after this moment.
+    fn cursor(&self) -> String {
+        self.id(Cursor(self.ring().cursor().0 - 1))
+    }
+
+    fn id(&self, at: Cursor) -> String {
+        format!("{}-{}", self.identity.boot_id, at.0)
+    }
+
+    /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
+    /// forgets what could hide the new ones. Gives what could not be forgotten in time.
+    async fn in_force(&self, changed: Changed) -> Vec<String> {
+        for name in &changed.released {
+            let held = self.core.parking.take(usize::MAX, |parked| parked.is_held_by(name));
+            self.core.resume(held, Ended::Removed);
+        }
+        self.core.parking.wake_clock();
+        if !kernel_cache::can_hide(&changed.armed) {
+            return Vec::new();
+        }
+        let core = self.core.clone();
+        helper(move || forget(&core, changed.armed)).await.unwrap_or_default()
+    }
+}
+
+/// On a helper thread: makes the kernel forget, with a limit.
+fn forget(core: &Arc<Core>, armed: Vec<Arc<Rule>>) -> Vec<String> {
+    let (ring, names) = (core.ring.clone(), armed.iter().map(|rule| rule.name.to_string()).collect::<Vec<_>>());
+    let late = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (was_late, in_force) = (late.clone(), names.clone());
+    let cleaning = kernel_cache::clean(core, armed, move || {
+        if was_late.load(std::sync::atomic::Ordering::Acquire) {
+            for name in in_force {
+                ring.change("rule", serde_json::json!({"rule": name, "action": "in_force"}));
+            }
+        }
+    });
+    match cleaning.done().recv_timeout(FORGET_LIMIT) {
+        Err(crossbeam_channel::RecvTimeoutError::Timeout) => {
+            late.store(true, std::sync::atomic::Ordering::Release);
+            let left = cleaning.left();
+            vec![format!("{left} files whose cached contents or names a waiting request holds ({})", names.join(", "))]
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Runs what could wait on a thread where that is harmless.
+async fn helper<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
+    tokio::task::spawn_blocking(act)
+        .await
+        .map_err(|error| Problem::new(500, "internal", format!("a helper has failed: {error}")))
+}
+
+/// A document as an answer.
+fn document(status: u16, value: &Value) -> axum::response::Response {
+    use axum::response::IntoResponse;
+    let status = axum::http::StatusCode::from_u16(status).unwrap_or_default();
+    (status, axum::Json(value)).into_response()
+}

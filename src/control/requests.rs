@@ -1,0 +1,55 @@
+//! `/v1/requests`: what waits, for what, and since when.
+//!
+//! On the control thread; reads procfs for the names of the callers.
+
+use axum::extract::State;
+use serde_json::{Value, json};
+
+use super::{Answer, Shared, document};
+use crate::fs::park::Parked;
+use crate::fs::process;
+
+/// More would be a document that nobody reads; the count is in `total`.
+const MOST: usize = 1000;
+
+pub async fn list(State(control): Shared) -> Answer {
+    let now = control.ring().now_ns();
+    let mut requests = Vec::new();
+    let mut total = 0;
+    control.core.parking.each(|id, parked| {
+        total += 1;
+        if requests.len() < MOST {
+            requests.push((parked.pending.caller.tid, describe(id, parked, now)));
+        }
+    });
+    // Names are looked up after the table has been left alone again.
+    let requests: Vec<Value> = requests.into_iter().map(|(tid, value)| with_process(value, tid)).collect();
+    let version = control.core.tree.version();
+    let named = requests.into_iter().map(|mut value| {
+        let ino = value["ino"].as_u64().unwrap_or_default();
+        let path = control.core.tree.get(ino).ok().map(|inode| inode.path(version));
+        value["path"] = path.map(|path| String::from_utf8_lossy(&path).into_owned()).into();
+        value
+    });
+    let requests: Vec<Value> = named.collect();
+    Ok(document(200, &json!({"requests": requests, "total": total, "cursor": control.cursor()})))
+}
+
+fn describe(id: u64, parked: &Parked, now: u64) -> Value {
+    let (caller, call) = (&parked.pending.caller, &parked.pending.call);
+    let range = call.range();
+    json!({
+        "id": id, "op": call.op().word(), "path": null, "ino": call.ino(), "pid": null, "tid": caller.tid,
+        "uid": caller.uid, "comm": null, "offset": range.map(|(offset, _)| offset),
+        "length": range.map(|(_, length)| length), "state": if parked.stalled { "stalled" } else { "delayed" },
+        "rule": parked.rules.first().map(|rule| rule.name.to_string()),
+        "waiting_ms": now.saturating_sub(parked.since_ns) / 1_000_000,
+    })
+}
+
+fn with_process(mut value: Value, tid: u32) -> Value {
+    let process = process::of_thread(tid);
+    value["pid"] = process.pid.into();
+    value["comm"] = process.comm.text().into();
+    value
+}

@@ -1,0 +1,231 @@
+//! `/v1/rules`: the set, one rule, waiting for a rule, releasing what it holds.
+//!
+//! On the control thread.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Path, RawQuery, State};
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::problem::Problem;
+use super::{Answer, Control, Shared, body, document, events};
+use crate::event::{Body as Event, Cursor, Read, Record, record::rfc3339};
+use crate::fault::compile::nanoseconds;
+use crate::fault::document::{from_value, rules as rules_of};
+use crate::fault::{Rule, RuleSpec};
+use crate::fs::Ended;
+
+impl Control {
+    /// A rule as clients see it.
+    fn show_rule(&self, rule: &Rule) -> Value {
+        let mut value = serde_json::to_value(&rule.spec).unwrap_or_default();
+        let counters = &rule.counters;
+        value["matches"] = counters.matches.load(Relaxed).into();
+        value["injections"] = counters.injections.load(Relaxed).into();
+        value["created"] = rfc3339(rule.created).into();
+        value["state"] = rule.state(self.ring().now_ns()).word().into();
+        value["cursor"] = self.cursor().into();
+        value
+    }
+
+    fn show_rules(&self) -> Vec<Value> {
+        let rules = self.core.arming.rules();
+        let mode = self.core.arming.mode().1;
+        rules.iter().chain(&mode).map(|rule| self.show_rule(rule)).collect()
+    }
+
+    fn rule(&self, name: &str) -> Result<Arc<Rule>, Problem> {
+        self.core.arming.rule(name).ok_or_else(|| Problem::no_rule(name))
+    }
+
+    async fn put_rule(&self, spec: RuleSpec) -> Answer {
+        let (rule, new, changed) = self.core.arming.put(spec, self.ring().now_ns())?;
+        let pending = self.in_force(changed).await;
+        let action = if new { "added" } else { "replaced" };
+        let mut value = self.show_rule(&rule);
+        self.ring().change("rule", json!({"rule": &*rule.name, "action": action, "definition": rule.spec}));
+        value["pending"] = pending.into();
+        Ok(document(if new { 201 } else { 200 }, &value))
+    }
+}
+
+pub async fn list(State(control): Shared) -> Answer {
+    Ok(document(200, &json!({"rules": control.show_rules(), "cursor": control.cursor()})))
+}
+
+pub async fn replace(State(control): Shared, body: Body) -> Answer {
+    let specs = rules_of(body::read(body).await?)?;
+    let cursor = control.cursor();
+    let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
+    let changed = control.core.arming.replace(specs, control.ring().now_ns())?;
+    let pending = control.in_force(changed).await;
+    control.ring().change("rule", json!({"action": "replaced_all", "rules": names}));
+    Ok(document(200, &json!({"rules": control.show_rules(), "pending": pending, "cursor": cursor})))
+}
+
+pub async fn clear(State(control): Shared) -> Answer {
+    let cursor = control.cursor();
+    let changed = control.core.arming.remove(|_| true);
+    let removed: Vec<String> = changed.released.iter().map(ToString::to_string).collect();
+    control.in_force(changed).await;
+    control.ring().change("rule", json!({"action": "cleared", "rules": removed}));
+    Ok(document(200, &json!({"removed": removed, "cursor": cursor})))
+}
+
+pub async fn show(State(control): Shared, Path(name): Path<String>) -> Answer {
+    Ok(document(200, &control.show_rule(&*control.rule(&name)?)))
+}
+
+pub async fn put(State(control): Shared, Path(name): Path<String>, body: Body) -> Answer {
+    let mut spec: RuleSpec = body::read(body).await?;
+    if !spec.name.is_empty() && spec.name != name {
+        let detail = format!("name: {:?} is not the {name:?} of the address", spec.name);
+        return Err(crate::fault::Problem::new("#/name", detail).into());
+    }
+    spec.name = name;
+    control.put_rule(spec).await
+}
+
+/// RFC 7396: what is null goes, what is an object is merged, all else replaces.
+pub async fn patch(State(control): Shared, Path(name): Path<String>, body: Body) -> Answer {
+    let patch: Value = body::read(body).await?;
+    let rule = control.rule(&name)?;
+    let mut value = serde_json::to_value(&rule.spec).unwrap_or_default();
+    merge(&mut value, patch);
+    let spec: RuleSpec = from_value(value)?;
+    if spec.name != name {
+        return Err(crate::fault::Problem::new("#/name", "name: a rule keeps its name").into());
+    }
+    control.put_rule(spec).await
+}
+
+fn merge(target: &mut Value, patch: Value) {
+    let Value::Object(patch) = patch else {
+        *target = patch;
+        return;
+    };
+    if !target.is_object() {
+        *target = json!({});
+    }
+    let Some(target) = target.as_object_mut() else { return };
+    for (key, value) in patch {
+        match value {
+            Value::Null => drop(target.remove(&key)),
+            value => merge(target.entry(key).or_insert(Value::Null), value),
+        }
+    }
+}
+
+pub async fn remove(State(control): Shared, Path(name): Path<String>) -> Answer {
+    if name == "mode" {
+        return Err(Problem::new(409, "conflict", "the rule \"mode\" is changed by PUT /v1/mode")
+            .hint("nemesisfs mode allow_writes"));
+    }
+    let changed = control.core.arming.remove(|rule| *rule.name == *name);
+    if !changed.released.is_empty() {
+        control.in_force(changed).await;
+        control.ring().change("rule", json!({"rule": name, "action": "removed"}));
+    }
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Release {
+    count: Option<usize>,
+}
+
+pub async fn release(State(control): Shared, Path(name): Path<String>, body: Body) -> Answer {
+    let release: Release = body::read(body).await?;
+    control.rule(&name)?;
+    let cursor = control.cursor();
+    let limit = release.count.unwrap_or(usize::MAX);
+    let held = control.core.parking.take(limit, |parked| parked.is_held_by(&name));
+    let released = held.len();
+    control.core.resume(held, Ended::Released);
+    control.ring().change("request", json!({"rule": name, "action": "released", "count": released}));
+    Ok(document(200, &json!({"released": released, "cursor": cursor})))
+}
+
+/// What a client waits for.
+struct Wanted {
+    injections: u64,
+    since: Option<Cursor>,
+}
+
+pub async fn wait(State(control): Shared, Path(name): Path<String>, RawQuery(query): RawQuery) -> Answer {
+    let query = body::query(query.as_deref(), &["injections", "since", "for"])?;
+    let since = query.get("since").and_then(Value::as_str).map(|id| control.after(id)).transpose()?;
+    let wanted = Wanted { injections: body::number(&query, "injections")?.unwrap_or(1).max(1), since };
+    let limit = match query.get("for").and_then(Value::as_str) {
+        None => Duration::from_secs(30),
+        Some(text) => nanoseconds(text)
+            .map(Duration::from_nanos)
+            .ok_or_else(|| Problem::bad_request(format!("for: {text:?} is not a duration")).hint("write \"30s\""))?,
+    };
+    control.rule(&name)?;
+    match tokio::time::timeout(limit, control.fired(&name, &wanted)).await {
+        Ok(Ok(record)) => Ok(document(200, &json!({"fired": true, "event": control.record_json(&record)}))),
+        Ok(Err(gone)) => Err(gone),
+        Err(_) => {
+            let rule = control.rule(&name)?;
+            let (matches, state) = (rule.counters.matches.load(Relaxed), rule.state(control.ring().now_ns()));
+            Ok(document(200, &json!({"fired": false, "matches": matches, "state": state.word()})))
+        }
+    }
+}
+
+impl Control {
+    /// Waits until a rule has fired so often since a place on the stream, or ever; gives the last of these firings.
+    async fn fired(&self, name: &str, wanted: &Wanted) -> Result<Record, Problem> {
+        let mut at = wanted.since.unwrap_or_else(|| self.ring().oldest());
+        let mut seen = 0;
+        loop {
+            let published = self.published.notified();
+            tokio::pin!(published);
+            published.as_mut().enable();
+            self.ring().listen();
+            loop {
+                match self.ring().read(at) {
+                    Read::Event(record) => {
+                        at = Cursor(at.0 + 1);
+                        if let Some(nth) = firing_of(&record, name) {
+                            // Without a place to start from, the rule's own count tells also of what the ring has lost.
+                            seen = if wanted.since.is_none() { nth } else { seen + 1 };
+                            if seen >= wanted.injections {
+                                return Ok(*record);
+                            }
+                        }
+                    }
+                    Read::Gap { next, .. } => at = next,
+                    Read::Empty => break,
+                }
+            }
+            self.rule(name)?;
+            published.await;
+        }
+    }
+
+    /// The place after an event's id.
+    fn after(&self, id: &str) -> Result<Cursor, Problem> {
+        match events::parse_id(id, &self.identity.boot_id) {
+            Some(events::Id::Ours(seq)) => Ok(Cursor(seq + 1)),
+            Some(events::Id::Earlier) => Ok(self.ring().oldest()),
+            None => Err(Problem::bad_request(format!("since: {id:?} is not the id of an event"))),
+        }
+    }
+}
+
+/// The number of the injection, if the record is one of this rule.
+fn firing_of(record: &Record, name: &str) -> Option<u64> {
+    match &record.body {
+        Event::Injection(injection) if *injection.rule == *name && !injection.repeat => Some(injection.nth),
+        _ => None,
+    }
+}

@@ -1,0 +1,133 @@
+//! The state of the whole: version, health, reset, evict, unmount.
+//!
+//! On the control thread; evicting and unmounting are done by others.
+
+use axum::body::Body;
+use axum::extract::State;
+use globset::GlobBuilder;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::problem::Problem;
+use super::{Answer, Control, Shared, Unmount, Unmounted, body, document, helper};
+use crate::durability::Evicted;
+use crate::fs::mount::How;
+use crate::fs::{Ended, Mode};
+
+pub async fn version(State(control): Shared) -> Answer {
+    let identity = &control.identity;
+    Ok(document(
+        200,
+        &json!({
+            "name": "nemesisfs", "version": env!("CARGO_PKG_VERSION"), "api": "v1", "instance": identity.instance,
+            "boot_id": identity.boot_id,
+        }),
+    ))
+}
+
+pub async fn health(State(control): Shared) -> Answer {
+    let (identity, core) = (&control.identity, &control.core);
+    Ok(document(
+        200,
+        &json!({
+            "status": "ok", "instance": identity.instance, "mountpoint": identity.mountpoint,
+            "backing": identity.backing, "socket": identity.socket, "log": identity.log, "pid": std::process::id(),
+            "seed": core.arming.seed(), "uptime_ms": control.started.elapsed().as_millis() as u64,
+            "readers": identity.readers, "open_files": core.files.open_count(), "parked": core.parking.len(),
+            "rules": core.arming.rules().len(), "mode": core.arming.mode().0.word(),
+        }),
+    ))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+/// Back to an idle mount, from every state, as often as one likes.
+pub async fn reset(State(control): Shared, body: Body) -> Answer {
+    let Nothing {} = body::read(body).await?;
+    let cursor = control.cursor();
+    let changed = control.core.arming.remove(|_| true);
+    let removed: Vec<String> = changed.released.iter().map(ToString::to_string).collect();
+    control.in_force(changed).await;
+    control.set_mode(Mode::AllowWrites, None).await;
+    let space = control.clear_space().await;
+    let held = control.core.parking.take(usize::MAX, |_| true);
+    let released = held.len();
+    control.core.resume(held, Ended::Removed);
+    control.core.holds.forget(None);
+    control.ring().change("rule", json!({"action": "reset", "rules": removed, "space": space, "released": released}));
+    let mode = control.core.arming.mode().0.word();
+    Ok(document(200, &json!({"removed": removed, "mode": mode, "released": released, "cursor": cursor})))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Evict {
+    #[serde(default)]
+    path: Option<String>,
+}
+
+pub async fn evict(State(control): Shared, body: Body) -> Answer {
+    let wanted: Evict = body::read(body).await?;
+    let glob = match &wanted.path {
+        None => None,
+        Some(path) => {
+            let built = GlobBuilder::new(path).literal_separator(true).build();
+            Some(built.map_err(|error| Problem::bad_request(format!("path: {error}")))?.compile_matcher())
+        }
+    };
+    let cursor = control.cursor();
+    let core = control.core.clone();
+    let evicted = helper(move || core.evict_all(glob.as_ref())).await?;
+    let evicted: Vec<Value> = evicted.into_iter().map(report).collect();
+    let failed = evicted.iter().find(|one| one.get("error").is_some()).cloned();
+    control.ring().change("space", json!({"action": "evicted", "files": evicted}));
+    match failed {
+        Some(failed) => Err(Problem::new(500, "internal", format!("not all could be taken back: {failed}"))
+            .with("evicted", evicted.into())),
+        None => Ok(document(200, &json!({"evicted": evicted, "cursor": cursor}))),
+    }
+}
+
+fn report((path, result): (String, std::io::Result<Evicted>)) -> Value {
+    match result {
+        Ok(evicted) => json!({"path": path, "writes": evicted.writes, "bytes": evicted.bytes}),
+        Err(error) => json!({"path": path, "error": error.to_string()}),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WantedEnd {
+    #[serde(default)]
+    how: Option<String>,
+}
+
+pub async fn unmount(State(control): Shared, body: Body) -> Answer {
+    let wanted: WantedEnd = body::read(body).await?;
+    let how = match wanted.how.as_deref() {
+        None | Some("normal") => How::Normal,
+        Some("lazy") => How::Lazy,
+        Some("force") => How::Force,
+        Some(other) => {
+            return Err(Problem::bad_request(format!("how: {other:?}")).hint("one of: normal lazy force"));
+        }
+    };
+    let (done, ended) = tokio::sync::oneshot::channel();
+    let gone = |_| Problem::new(500, "internal", "the daemon is ending already");
+    control.unmount.send(Unmount { how, done }).map_err(|error| gone(error.to_string()))?;
+    match ended.await.map_err(|error| gone(error.to_string()))? {
+        Ok(()) => Ok(document(200, &json!({"unmounted": true}))),
+        Err(Unmounted::Failed(reason)) => Err(Problem::new(500, "internal", format!("umount: {reason}"))),
+        Err(Unmounted::Busy(holders)) => Err(busy(&control, &holders)),
+    }
+}
+
+fn busy(control: &Control, holders: &[crate::fs::mount::Holder]) -> Problem {
+    let list: Vec<Value> =
+        holders.iter().map(|h| json!({"pid": h.pid, "comm": h.comm, "what": h.what.to_string_lossy()})).collect();
+    let pids: Vec<String> = holders.iter().map(|holder| format!("{} ({})", holder.pid, holder.comm)).collect();
+    let detail = format!("{} is busy: held by {}", control.identity.mountpoint.display(), pids.join(", "));
+    Problem::new(409, "busy", detail).hint("stop them, or use --lazy or --force").with("holders", list.into())
+}

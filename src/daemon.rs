@@ -1,0 +1,530 @@
+//! The daemon: from the options to a mount that serves, and to its end.
+//!
+//! Runs on the main thread, which then waits: for a signal, for a client that wants the mount to end, or for the end
+//! of the session. Threads: the readers (fuser's), workers and helpers as they are needed, the clock, the control thread.
+//! Whatever is started here is stopped here, in the opposite order, from every state.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
+use fuser::{MountOption, Session, SessionACL};
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::MsFlags;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
+use serde_json::{Value, json};
+
+use crate::client::exit;
+use crate::client::instances::{self, State};
+use crate::control::{self, Identity, Unmount, Unmounted};
+use crate::event::Ring;
+use crate::fault::document;
+use crate::fs::adapter::Adapter;
+use crate::fs::mount::{How, Living, Places, holders, prepare, unmount, unmount_patiently};
+use crate::fs::{Core, Ended, clock};
+use crate::sys::mounts::{self, SOURCE};
+
+/// How long programs may take to close their files after their requests were answered.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// After a signal: how long a lazily detached mount may live on before its connection is cut.
+const LINGER: Duration = Duration::from_secs(10);
+/// `list` and `umount` hold the lock of a state file for an instant to see whether it is held.
+const LOCK_TRIES: u32 = 20;
+
+/// What to mount, decided in every respect.
+#[derive(Debug)]
+pub struct Options {
+    pub backing: PathBuf,
+    pub mountpoint: PathBuf,
+    pub instance: String,
+    pub run_dir: PathBuf,
+    pub socket: PathBuf,
+    pub log: Option<PathBuf>,
+    /// Rules in force from the first request on, in the form of the API.
+    pub rules: Vec<Value>,
+    pub readers: Option<u16>,
+    pub seed: Option<u64>,
+    /// Mount options, as after `-o`.
+    pub mount_options: Vec<String>,
+}
+
+/// Why there is no mount, or why it ended badly.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Failure {
+    pub exit: u8,
+    pub error: String,
+    pub hint: Option<String>,
+}
+
+fn failure(error: impl Into<String>) -> Failure {
+    Failure { exit: exit::FAILED, error: error.into(), hint: None }
+}
+
+fn with_hint(error: impl Into<String>, hint: impl Into<String>) -> Failure {
+    Failure { hint: Some(hint.into()), ..failure(error) }
+}
+
+/// Mounts, says so, serves, and returns when the mount has ended.
+///
+/// # Errors
+/// When the mount is refused or cannot be made; then nothing is left behind.
+pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
+    start_log();
+    let signals = block_signals().map_err(|error| failure(format!("signals: {error}")))?;
+    let claim = Claim::of(&options)?;
+    let living = others(&options)?;
+    let places = prepare(&options.backing, &options.mountpoint, &living)
+        .map_err(|refused| with_hint(refused.reason, refused.hint))?;
+    keep_out_of_mount(&options, &places)?;
+    let core = open_backing(&places, options.seed)?;
+    arm(&core, &options.rules)?;
+    let listener = listen(&options.socket)?;
+    let mounted = Mounted::new(&core, &options, &places)?;
+    let identity = mounted.identity(&options, &places);
+    claim.write(&identity).map_err(|error| failure(format!("{}: {error}", claim.path.display())))?;
+    let serving = Serving::start(core, mounted, listener, identity)?;
+    ready(&serving.ready_line());
+    tracing::info!("{}", serving.ready_line());
+    serving.wait(&signals);
+    claim.release();
+    Ok(())
+}
+
+/// The log goes to standard error, which is the log file by now. `NEMESISFS_LOG` sets what is told.
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("NEMESISFS_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,fuser=warn"));
+    // A second daemon in one process (a test, an example) keeps the first one's log.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).try_init();
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        tracing::error!(thread = thread.name().unwrap_or_default(), "panic: {panic}");
+    }));
+}
+
+/// Blocks the signals that end us in this thread and in all that come after; they are waited for instead.
+fn block_signals() -> nix::Result<SigSet> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&signals), None)?;
+    Ok(signals)
+}
+
+/// The state file, locked: the name is ours for as long as we live.
+struct Claim {
+    path: PathBuf,
+    socket: PathBuf,
+    lock: Flock<File>,
+}
+
+impl Claim {
+    fn of(options: &Options) -> Result<Claim, Failure> {
+        let path = options.run_dir.join(format!("{}.json", options.instance));
+        let cannot = |error: io::Error| {
+            with_hint(format!("{}: {error}", path.display()), "NEMESISFS_RUNDIR names another directory")
+        };
+        std::fs::create_dir_all(&options.run_dir).map_err(cannot)?;
+        let open = || OpenOptions::new().create(true).truncate(false).write(true).read(true).mode(0o644).open(&path);
+        let mut file = open().map_err(cannot)?;
+        for _ in 0..LOCK_TRIES {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(Claim { path, socket: options.socket.clone(), lock }),
+                Err((unlocked, _)) => file = unlocked,
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let error = format!("an instance {:?} is running already", options.instance);
+        Err(with_hint(error, format!("nemesisfs umount --instance {}, or --instance another", options.instance)))
+    }
+
+    fn write(&self, identity: &Identity) -> io::Result<()> {
+        let state = State {
+            instance: identity.instance.clone(),
+            pid: std::process::id() as i32,
+            mountpoint: identity.mountpoint.clone(),
+            backing: identity.backing.clone(),
+            socket: identity.socket.clone(),
+            log: identity.log.clone(),
+        };
+        let file: &File = &self.lock;
+        file.set_len(0)?;
+        let mut file = file;
+        file.write_all(&serde_json::to_vec(&state)?)
+    }
+
+    /// Nothing is left behind.
+    fn release(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.socket);
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn others(options: &Options) -> Result<Vec<Living>, Failure> {
+    let living = instances::living(&options.run_dir)
+        .map_err(|error| failure(format!("{}: {error}", options.run_dir.display())))?;
+    let others = living.into_iter().filter(|other| other.state.instance != options.instance);
+    let living = |other: instances::Instance| Living {
+        instance: other.state.instance,
+        backing: other.state.backing,
+        mountpoint: other.state.mountpoint,
+    };
+    Ok(others.map(living).collect())
+}
+
+/// Nothing that we need may lie below the mountpoint: we would wait for ourselves.
+fn keep_out_of_mount(options: &Options, places: &Places) -> Result<(), Failure> {
+    for file in [Some(&options.socket), options.log.as_ref(), Some(&options.run_dir)].into_iter().flatten() {
+        let parent = file.parent().unwrap_or(Path::new("/"));
+        let real = parent.canonicalize().unwrap_or_else(|_| parent.to_path_buf());
+        if real.starts_with(&places.mountpoint) {
+            let error = format!("{} lies under the mountpoint", file.display());
+            return Err(with_hint(error, "use --socket, --log, NEMESISFS_RUNDIR"));
+        }
+    }
+    Ok(())
+}
+
+fn open_backing(places: &Places, seed: Option<u64>) -> Result<Arc<Core>, Failure> {
+    let directory = |error| failure(format!("backing directory {}: {error}", places.backing.display()));
+    let backing = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&places.backing);
+    let seed = seed.unwrap_or_else(random);
+    let core = Core::new(backing.map_err(directory)?, Arc::new(Ring::default()), seed).map_err(directory)?;
+    Ok(Arc::new(core))
+}
+
+/// The standard library's hash keys are random, and that is all that is needed here.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+/// Rules that are in force from the first request on.
+fn arm(core: &Core, rules: &[Value]) -> Result<(), Failure> {
+    if rules.is_empty() {
+        return Ok(());
+    }
+    let refuse = |problems: Vec<crate::fault::Problem>| {
+        let first = problems.into_iter().next();
+        let (detail, hint) = first.map_or_else(Default::default, |problem| (problem.detail, problem.hint));
+        Failure { hint, ..failure(format!("rules: {detail}")) }
+    };
+    let specs = document::rules(json!({"rules": rules})).map_err(|problem| refuse(vec![problem]))?;
+    core.arming.replace(specs, core.ring.now_ns()).map(drop).map_err(refuse)
+}
+
+fn listen(socket: &Path) -> Result<UnixListener, Failure> {
+    let cannot =
+        |error: io::Error| with_hint(format!("socket {}: {error}", socket.display()), "--socket PATH names another");
+    if let Some(parent) = socket.parent() {
+        std::fs::create_dir_all(parent).map_err(cannot)?;
+    }
+    // We hold the lock of the name, so this is a dead daemon's; but somebody else's socket is not ours to remove.
+    match std::os::unix::net::UnixStream::connect(socket) {
+        Ok(_) => {
+            return Err(with_hint(format!("socket {} is in use", socket.display()), "--socket PATH names another"));
+        }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(socket).map_err(cannot)?
+        }
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(socket).map_err(cannot)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660)).map_err(cannot)?;
+    Ok(listener)
+}
+
+/// A mount, and the session that serves it, not running yet.
+struct Mounted {
+    session: Session<Adapter>,
+    /// The number of the connection.
+    minor: u32,
+    readers: usize,
+}
+
+impl Mounted {
+    fn new(core: &Arc<Core>, options: &Options, places: &Places) -> Result<Mounted, Failure> {
+        let readers = options.readers.map_or_else(default_readers, usize::from);
+        let session = match nix::unistd::geteuid().is_root() {
+            true => Mounted::as_root(core, options, places, readers)?,
+            false => Mounted::as_user(core, options, places, readers)?,
+        };
+        let mount = mounts::at(&places.mountpoint).ok().flatten();
+        let minor = mount.ok_or_else(|| failure("the mount is not in the mount table"))?.minor;
+        let _ = core.notifier.set(session.notifier());
+        Ok(Mounted { session, minor, readers })
+    }
+
+    fn as_root(
+        core: &Arc<Core>,
+        options: &Options,
+        places: &Places,
+        readers: usize,
+    ) -> Result<Session<Adapter>, Failure> {
+        let flags = mount_flags(core, options)?;
+        let connection = mounts::mount(&places.mountpoint, &options.instance, flags).map_err(|error| {
+            let hint = "is FUSE there? ls -l /dev/fuse";
+            with_hint(format!("mount {}: {error}", places.mountpoint.display()), hint)
+        })?;
+        let config = config(readers);
+        Session::from_fd(Adapter(core.clone()), connection, SessionACL::All, config).map_err(|error| {
+            let _ = unmount(&places.mountpoint, 0, How::Lazy);
+            failure(format!("FUSE handshake: {error}"))
+        })
+    }
+
+    /// By the setuid helper, which lets only this user in.
+    fn as_user(
+        core: &Arc<Core>,
+        options: &Options,
+        places: &Places,
+        readers: usize,
+    ) -> Result<Session<Adapter>, Failure> {
+        let user = nix::unistd::geteuid();
+        tracing::warn!("without root only user {user} sees the mount, and all files made in it are theirs");
+        let flags = mount_flags(core, options)?;
+        let mut config = config(readers);
+        config.mount_options = vec![
+            MountOption::FSName(format!("{SOURCE}{}", options.instance)),
+            MountOption::Subtype("nemesisfs".into()),
+            MountOption::DefaultPermissions,
+        ];
+        let read_only = flags.contains(MsFlags::MS_RDONLY);
+        config.mount_options.extend(read_only.then_some(MountOption::RO));
+        Session::new(Adapter(core.clone()), &places.mountpoint, &config).map_err(|error| {
+            let hint = "without root, fusermount3 (package fuse3) makes the mount";
+            with_hint(format!("mount {}: {error}", places.mountpoint.display()), hint)
+        })
+    }
+
+    fn identity(&self, options: &Options, places: &Places) -> Identity {
+        Identity {
+            instance: options.instance.clone(),
+            boot_id: format!("{:06x}", random() & 0xff_ffff),
+            backing: places.backing.clone(),
+            mountpoint: places.mountpoint.clone(),
+            socket: options.socket.clone(),
+            log: options.log.clone(),
+            readers: self.readers,
+        }
+    }
+}
+
+/// One more than there are processors: measured best, see `docs/performance.md`.
+fn default_readers() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).saturating_add(1).clamp(2, 16)
+}
+
+fn config(readers: usize) -> fuser::Config {
+    let mut config = fuser::Config::default();
+    config.n_threads = Some(readers);
+    config
+}
+
+/// A mount option: its word, its opposite, what the opposite is to `mount(2)` and how `statvfs` shows it.
+const OPTIONS: &[(&str, &str, MsFlags, FsFlags)] = &[
+    ("rw", "ro", MsFlags::MS_RDONLY, FsFlags::ST_RDONLY),
+    ("suid", "nosuid", MsFlags::MS_NOSUID, FsFlags::ST_NOSUID),
+    ("dev", "nodev", MsFlags::MS_NODEV, FsFlags::ST_NODEV),
+    ("exec", "noexec", MsFlags::MS_NOEXEC, FsFlags::ST_NOEXEC),
+    ("atime", "noatime", MsFlags::MS_NOATIME, FsFlags::ST_NOATIME),
+];
+
+/// What the backing filesystem is mounted with, so is the mount over it; `-o` has the last word.
+fn mount_flags(core: &Core, options: &Options) -> Result<MsFlags, Failure> {
+    let below = fstatvfs(core.tree.backing()).map_or(FsFlags::empty(), |statvfs| statvfs.flags());
+    let words = || OPTIONS.iter().flat_map(|(on, off, ..)| [*on, *off]);
+    if let Some(unknown) = options.mount_options.iter().find(|given| words().all(|word| word != given.as_str())) {
+        let hint = format!("one of: {}", words().collect::<Vec<_>>().join(" "));
+        return Err(Failure { exit: exit::USAGE, ..with_hint(format!("unknown mount option {unknown:?}"), hint) });
+    }
+    let given = |word: &str| options.mount_options.iter().any(|given| given == word);
+    let is_off =
+        |(on, off, _, shown): &&(&str, &str, MsFlags, FsFlags)| given(off) || (below.contains(*shown) && !given(on));
+    Ok(OPTIONS.iter().filter(is_off).fold(MsFlags::empty(), |flags, (_, _, flag, _)| flags | *flag))
+}
+
+/// Everything that runs.
+struct Serving {
+    core: Arc<Core>,
+    identity: Identity,
+    minor: u32,
+    /// Closed when the kernel has ended the connection.
+    ended: Receiver<()>,
+    session: JoinHandle<io::Result<()>>,
+    clock: JoinHandle<()>,
+    stop_clock: Arc<AtomicBool>,
+    control: control::Running,
+    wanted: Receiver<Unmount>,
+}
+
+impl Serving {
+    fn start(
+        core: Arc<Core>,
+        mounted: Mounted,
+        listener: UnixListener,
+        identity: Identity,
+    ) -> Result<Serving, Failure> {
+        let cannot = |error: io::Error| failure(format!("no thread: {error}"));
+        let thread = |name: &str| std::thread::Builder::new().name(name.into());
+        let Mounted { session, minor, .. } = mounted;
+        let (sender, ended) = bounded::<()>(0);
+        let session = thread("session").spawn(move || {
+            let result = session.run();
+            drop(sender);
+            result
+        });
+        let stop_clock = Arc::new(AtomicBool::new(false));
+        let (clocked, stop) = (core.clone(), stop_clock.clone());
+        let clock = thread("clock").spawn(move || clock::run(&clocked, &stop));
+        let (unmount, wanted) = unbounded();
+        let control = control::start(listener, core.clone(), identity.clone(), unmount).map_err(cannot)?;
+        Ok(Serving {
+            core,
+            identity,
+            minor,
+            ended,
+            session: session.map_err(cannot)?,
+            clock: clock.map_err(cannot)?,
+            stop_clock,
+            control,
+            wanted,
+        })
+    }
+
+    /// The stable line of the contract.
+    fn ready_line(&self) -> String {
+        let identity = &self.identity;
+        let log = identity.log.as_ref().map_or_else(|| "-".into(), |log| log.display().to_string());
+        format!(
+            "ready instance={} mount={} socket={} pid={} log={log}",
+            identity.instance,
+            identity.mountpoint.display(),
+            identity.socket.display(),
+            std::process::id(),
+        )
+    }
+
+    /// Waits until the mount has ended, and then ends everything else.
+    fn wait(self, signals: &SigSet) {
+        let signalled = wait_for_signals(*signals);
+        let mut cut_at: Option<Instant> = None;
+        loop {
+            let cut = cut_at.map_or_else(never, crossbeam_channel::at);
+            select! {
+                recv(self.ended) -> _ => break,
+                recv(signalled) -> _ => {
+                    self.end_by_signal();
+                    cut_at.get_or_insert_with(|| Instant::now() + LINGER);
+                }
+                recv(self.wanted) -> wanted => {
+                    if let Ok(wanted) = wanted {
+                        let result = self.unmount(wanted.how);
+                        // The client may be gone; the mount ends all the same.
+                        let _ = wanted.done.send(result);
+                    }
+                }
+                recv(cut) -> _ => {
+                    tracing::warn!("the mount is still in use: cutting its connection");
+                    if let Err(error) = mounts::abort(self.minor) {
+                        tracing::error!(%error, "the connection cannot be cut");
+                        break;
+                    }
+                    cut_at = None;
+                }
+            }
+        }
+        self.finish();
+    }
+
+    /// Lets parked requests go on, and from now on parks none.
+    fn let_go(&self) {
+        self.core.parking.close();
+        let held = self.core.parking.take(usize::MAX, |_| true);
+        self.core.resume(held, Ended::Removed);
+    }
+
+    fn unmount(&self, how: How) -> Result<(), Unmounted> {
+        self.let_go();
+        let mountpoint = &self.identity.mountpoint;
+        let result = match how {
+            How::Normal => unmount_patiently(mountpoint, self.minor, PATIENCE),
+            How::Lazy | How::Force => unmount(mountpoint, self.minor, how),
+        };
+        match result {
+            Ok(()) => Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                self.core.parking.open();
+                Err(Unmounted::Busy(holders(mountpoint, true)))
+            }
+            Err(error) => {
+                self.core.parking.open();
+                Err(Unmounted::Failed(error.to_string()))
+            }
+        }
+    }
+
+    fn end_by_signal(&self) {
+        tracing::info!("told to end");
+        self.let_go();
+        let mountpoint = &self.identity.mountpoint;
+        let orderly = unmount_patiently(mountpoint, self.minor, Duration::from_millis(200));
+        if orderly.is_err()
+            && let Err(error) = unmount(mountpoint, self.minor, How::Lazy)
+        {
+            tracing::error!(%error, "the mount cannot be detached");
+        }
+    }
+
+    fn finish(self) {
+        self.core.parking.close();
+        for (path, result) in self.core.evict_all(None) {
+            match result {
+                Ok(evicted) => tracing::info!(path, ?evicted, "dropped writes taken back"),
+                Err(error) => tracing::error!(path, %error, "dropped writes could not be taken back"),
+            }
+        }
+        self.stop_clock.store(true, Release);
+        self.core.parking.wake_clock();
+        let _ = self.clock.join();
+        self.core.ring.change("bye", json!({}));
+        self.control.stop();
+        match self.session.join() {
+            Ok(Ok(())) => tracing::info!("the mount has ended"),
+            Ok(Err(error)) => tracing::error!(%error, "the session has failed"),
+            Err(_) => tracing::error!("the session has panicked"),
+        }
+    }
+}
+
+/// A thread of its own turns signals into messages. It waits for ever, and ends with the process.
+fn wait_for_signals(signals: SigSet) -> Receiver<()> {
+    let (sender, receiver): (Sender<()>, _) = unbounded();
+    let thread = std::thread::Builder::new().name("signals".into());
+    let started = thread.spawn(move || {
+        while signals.wait().is_ok() {
+            if sender.send(()).is_err() {
+                return;
+            }
+        }
+    });
+    if let Err(error) = started {
+        tracing::error!(%error, "no thread for signals: only umount ends this mount");
+    }
+    receiver
+}

@@ -1,0 +1,91 @@
+//! Taking back what was dropped.
+//!
+//! Run by helpers of the control thread and at the end of the mount, never by a reader: the kernel may write back
+//! mapped pages first, which is a request that a reader has to serve. The lock of a file's undo log is held while its old
+//! bytes are written.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::*;
+
+use globset::GlobMatcher;
+use nix::fcntl::FallocateFlags;
+
+use super::inode::Inode;
+use super::serve::Core;
+use super::tree::stat;
+use crate::durability::{Evicted, undo};
+
+impl Core {
+    /// Takes dropped writes back, of all files or of those that a glob matches: path and result of each.
+    pub fn evict_all(&self, glob: Option<&GlobMatcher>) -> Vec<(String, io::Result<Evicted>)> {
+        use std::os::unix::ffi::OsStrExt;
+        let version = self.tree.version();
+        let files = self.tree.all().into_iter().filter(|inode| inode.undoable.load(Acquire));
+        let named = files.map(|inode| (inode.path(version), inode));
+        let is_meant = |path: &[u8]| glob.is_none_or(|glob| glob.is_match(std::ffi::OsStr::from_bytes(path)));
+        let meant = named.filter(|(path, _)| is_meant(path));
+        meant.map(|(path, inode)| (String::from_utf8_lossy(&path).into_owned(), self.evict(&inode))).collect()
+    }
+
+    /// Takes back what was dropped on one file: writes the old bytes, and makes the kernel forget the new ones.
+    ///     /// # Errors
+    /// When the backing file cannot be written; then what is left stays in the log.
+    pub fn evict(&self, inode: &Arc<Inode>) -> io::Result<Evicted> {
+        self.forget_pages(inode.id);
+        let file = File::from(inode.open(libc::O_RDWR)?);
+        let mut log = inode.undo.lock();
+        let evicted = log.evict(&mut Backing { write: file.as_fd(), read: &file })?;
+        inode.undoable.store(!log.is_empty(), Release);
+        drop(log);
+        if self.capacity.limits() {
+            self.capacity.settle(self.capacity.reserve(0, self.block).1, &inode.usage, stat(&file)?.st_blocks as u64);
+        }
+        self.forget_pages(inode.id);
+        self.tree.settle(inode.id);
+        Ok(evicted)
+    }
+
+    fn forget_pages(&self, id: u64) {
+        if let Some(notifier) = self.notifier.get() {
+            // Fails once the mount is gone, and then there is no page left.
+            let _ = notifier.inval_inode(fuser::INodeNo(id), 0, 0);
+        }
+    }
+}
+
+/// The backing file for the undo log.
+pub(super) struct Backing<'a> {
+    pub write: BorrowedFd<'a>,
+    pub read: &'a File,
+}
+
+impl undo::File for Backing<'_> {
+    fn size(&mut self) -> io::Result<u64> {
+        Ok(stat(self.write)?.st_size as u64)
+    }
+
+    fn read(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        self.read.read_at(buffer, offset)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.read.write_all_at(data, offset)
+    }
+
+    fn zero(&mut self, range: Range<u64>) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        Ok(nix::fcntl::fallocate(self.read, punch, range.start as i64, (range.end - range.start) as i64)?)
+    }
+
+    fn truncate(&mut self, size: u64) -> io::Result<()> {
+        self.read.set_len(size)
+    }
+}
