@@ -1,8 +1,9 @@
 //! One firing is one error in the program: what is owed, and what was paid.
 //!
 //! The kernel makes several requests of one call. A failed readahead is asked again, one page of it, by a synchronous
-//! read, and only that one's error reaches the program; and an error after the first piece of a call is told as a
-//! short result, so that the program meets the error only when it goes on. So a firing of `error` that the program has
+//! read, and only that one's error reaches the program (of a load from a mapping, only the second one's: the first
+//! ends an attempt that the kernel repeats); and an error after the first piece of a call is told as a short result,
+//! so that the program meets the error only when it goes on. So a firing of `error` that the program has
 //! not seen yet is *owed*: the next request of the same thread for the same range gets the same error, uncounted and
 //! marked `repeat`. Once the program has seen it, what is left is the knowledge that those pages are in the kernel's cache without
 //! contents, so that their next read comes once and not twice.
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::process::{self, CallRange};
+use super::process::{self, CallRange, Waiting};
 use crate::fault::{Firing, Op};
 
 /// A repetition after this is the program's own.
@@ -41,7 +42,12 @@ struct Hold {
     firing: Firing,
     since: Instant,
     owed: bool,
+    /// How often it was told since.
+    repeats: u32,
 }
+
+/// How many repetitions of a failed request the kernel makes for one load from a mapping.
+const FAULT_REPEATS: u32 = 2;
 
 /// A request as far as holds look at it.
 #[derive(Clone, Debug)]
@@ -67,8 +73,8 @@ impl Holds {
         let mut list = self.list.lock();
         self.expire(&mut list);
         let hold = list.iter_mut().find(|hold| hold.owed && hold.is_for(piece))?;
-        // The next request of the call that only asked for more than it needs is told by where it begins.
-        hold.owed = !program_sees(piece);
+        hold.repeats += 1;
+        hold.owed = !program_sees(piece, hold.repeats);
         Some((hold.errno, hold.firing.clone()))
     }
 
@@ -78,7 +84,7 @@ impl Holds {
         self.expire(&mut list);
         let readahead =
             piece.op == Op::Read && piece.cached && !list.iter().any(|hold| !hold.owed && hold.lacks_contents(piece));
-        let seen = !readahead && (piece.writeback || program_sees(piece));
+        let seen = !readahead && (piece.writeback || program_sees(piece, 0));
         if piece.op == Op::Read && piece.cached || !seen {
             if list.len() >= MOST {
                 list.remove(0);
@@ -92,6 +98,7 @@ impl Holds {
                 firing: firing.clone(),
                 since: Instant::now(),
                 owed: !seen,
+                repeats: 0,
             });
             self.count.store(list.len(), Release);
         }
@@ -121,10 +128,14 @@ impl Hold {
     }
 }
 
-/// Will an error of this request be the result of the call that it belongs to? Not when the call has got something
-/// already: then its result is short. When the call cannot be seen (a fault of a mapping, asynchronous I/O), it will.
-fn program_sees(piece: &Piece) -> bool {
-    process::current_call(piece.tid).is_none_or(|call| is_first(piece, call))
+/// Will an error of this request reach the program? Not when its call has got something already: then the result is
+/// short. When the call cannot be seen (asynchronous I/O, say), it will.
+fn program_sees(piece: &Piece, repeats: u32) -> bool {
+    match process::waits_in(piece.tid) {
+        Waiting::Call(call) => is_first(piece, call),
+        Waiting::Fault => repeats >= FAULT_REPEATS,
+        Waiting::Unknown => true,
+    }
 }
 
 fn is_first(piece: &Piece, call: CallRange) -> bool {

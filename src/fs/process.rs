@@ -91,22 +91,54 @@ pub struct CallRange {
     pub length: u64,
 }
 
-/// What the thread asked for in the system call that it waits in, where that is a plain read or write.
-///
-/// The kernel cuts one call into several requests; only this tells where the call began.
-pub fn current_call(tid: u32) -> Option<CallRange> {
-    let text = fs::read_to_string(format!("/proc/{tid}/syscall")).ok()?;
+/// What a thread waits in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// A plain read or write.
+    Call(CallRange),
+    /// A load from a mapping.
+    Fault,
+    /// Something else, or it cannot be seen.
+    Unknown,
+}
+
+/// A thread that has just sent a request goes to sleep within this.
+const ASLEEP: Duration = Duration::from_millis(5);
+
+/// What the thread waits in. The kernel makes several requests of one call; only this tells where the call began.
+pub fn waits_in(tid: u32) -> Waiting {
+    let begin = Instant::now();
+    loop {
+        let Ok(text) = fs::read_to_string(format!("/proc/{tid}/syscall")) else { return Waiting::Unknown };
+        if !text.starts_with("running") {
+            return call_in(tid, &text);
+        }
+        if begin.elapsed() > ASLEEP {
+            return Waiting::Unknown;
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// Reads `17 0x3 0x7f… 0x1000 0x2000 …`: number and arguments, or -1 when it is in no call.
+fn call_in(tid: u32, text: &str) -> Waiting {
     let mut words = text.split_ascii_whitespace();
-    let number = words.next()?.parse::<i64>().ok()?;
-    let mut arguments = words.filter_map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
-    let fd = arguments.next()?;
-    let length = arguments.nth(1)?;
+    let Some(number) = words.next().and_then(|word| word.parse::<i64>().ok()) else { return Waiting::Unknown };
+    if number == -1 {
+        return Waiting::Fault;
+    }
+    let arguments: Vec<u64> =
+        words.filter_map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok()).collect();
+    let argument = |n: usize| arguments.get(n).copied();
     let start = match number {
-        libc::SYS_pread64 | libc::SYS_pwrite64 => arguments.next()?,
-        libc::SYS_read | libc::SYS_write => position(tid, fd)?,
-        _ => return None,
+        libc::SYS_pread64 | libc::SYS_pwrite64 => argument(3),
+        libc::SYS_read | libc::SYS_write => argument(0).and_then(|fd| position(tid, fd)),
+        _ => None,
     };
-    Some(CallRange { start, length })
+    match start.zip(argument(2)) {
+        Some((start, length)) => Waiting::Call(CallRange { start, length }),
+        None => Waiting::Unknown,
+    }
 }
 
 fn position(tid: u32, fd: u64) -> Option<u64> {

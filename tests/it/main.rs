@@ -5,6 +5,7 @@
 //! requests; [`space`] capacity; [`events`] the stream; [`input`] bad input; [`databases`] published outcomes with real
 //! databases; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
 
-mod support;
 mod databases;
+mod faults;
 mod mount;
+mod support;

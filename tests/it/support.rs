@@ -207,7 +207,7 @@ impl Mounted {
         BufReader::new(stream)
     }
 
-    /// Ends the mount, after checking that it is still what it was.
+    /// Ends the mount, after checking that it is still what it was. The test must have closed its files.
     pub fn end(mut self) {
         self.check();
         let said = self.try_cli(&["umount", "--instance", "t"]);
