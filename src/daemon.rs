@@ -99,10 +99,11 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The log goes to standard error, which is the log file by now. `NEMESISFS_LOG` sets what is told.
+/// The log goes to standard error, which is the log file by now. `NEMESISFS_LOG` sets what is told. That a reply comes
+/// too late for its caller is normal here.
 fn start_log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("NEMESISFS_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,fuser=warn"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,fuser=warn,fuser::reply=off"));
     // A second daemon in one process (a test, an example) keeps the first one's log.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).try_init();
     std::panic::set_hook(Box::new(|panic| {

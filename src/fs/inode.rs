@@ -8,9 +8,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::*};
 use std::sync::{Arc, OnceLock};
 
+use nix::sys::stat::FileStat;
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
@@ -51,9 +52,25 @@ pub struct Inode {
     /// Writes that can be taken back.
     pub undo: Mutex<Undo>,
     /// Is there anything in `undo`? Read on the hot path instead of its lock.
-    pub undoable: std::sync::atomic::AtomicBool,
+    pub undoable: AtomicBool,
     /// Blocks as `space` last counted them.
     pub usage: Usage,
+    /// Was it written through us since its stamp was taken?
+    pub written: AtomicBool,
+    stamp: Mutex<Option<Stamp>>,
+}
+
+/// By what a change of a file shows: size, and when contents and attributes changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    size: i64,
+    changed: [i64; 4],
+}
+
+impl Stamp {
+    pub fn of(stat: &FileStat) -> Stamp {
+        Stamp { size: stat.st_size, changed: [stat.st_mtime, stat.st_mtime_nsec, stat.st_ctime, stat.st_ctime_nsec] }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -99,7 +116,16 @@ impl Inode {
             undo: Mutex::default(),
             undoable: false.into(),
             usage: Usage::default(),
+            written: AtomicBool::new(false),
+            stamp: Mutex::default(),
         }
+    }
+
+    /// Takes the stamp of the file as it is now; `true` if that is the one it had, so that nobody else changed it.
+    pub fn stamp(&self, stat: &FileStat) -> bool {
+        self.written.store(false, Release);
+        let now = Some(Stamp::of(stat));
+        std::mem::replace(&mut *self.stamp.lock(), now) == now
     }
 
     pub fn is_dir(&self) -> bool {

@@ -8,4 +8,6 @@
 mod databases;
 mod faults;
 mod mount;
+mod parking;
+mod space;
 mod support;

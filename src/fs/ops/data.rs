@@ -55,9 +55,13 @@ impl Core {
     pub(super) fn open(&self, ino: u64, flags: i32) -> io::Result<Answer> {
         let inode = self.tree.get(ino)?;
         let file = File::from(inode.open(backing_flags(flags))?);
-        let (cached, mode) = open_mode(flags);
-        if cached {
-            // The kernel drops what it has of the file now, and with it the pages that a failed read left behind.
+        let (cached, mut mode) = open_mode(flags);
+        // What the kernel has of the file is kept if nobody but us has changed it. To make the kernel drop it would
+        // also make this open wait for every parked read.
+        if cached && inode.stamp(&stat(&file)?) {
+            mode |= FopenFlags::FOPEN_KEEP_CACHE;
+        } else if cached {
+            // With its pages go those that a failed read left behind.
             self.holds_forget(ino);
         }
         Ok(Answer::Opened(self.files.open(OpenFile { inode, file, cached }), mode))
@@ -86,8 +90,18 @@ impl Core {
         })?;
         let inode = self.tree.get(entry.attr.ino.0)?;
         let file = File::from(opened.ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))?);
+        inode.stamp(&stat(&file)?);
         let (cached, mode) = open_mode(flags);
         Ok(Answer::Created(entry, self.files.open(OpenFile { inode, file, cached }), mode))
+    }
+
+    /// At each close: from here on, changes that are not ours are told by the stamp.
+    pub(super) fn flush(&self, fh: u64) -> io::Result<Answer> {
+        let file = self.files.get(fh)?;
+        if file.inode.written.load(Acquire) {
+            file.inode.stamp(&stat(&file.file)?);
+        }
+        Ok(Answer::Empty)
     }
 
     pub(super) fn release(&self, fh: u64) -> io::Result<Answer> {
@@ -144,6 +158,9 @@ impl Core {
                 })?
             }
         };
+        if !file.inode.written.load(Relaxed) {
+            file.inode.written.store(true, Release);
+        }
         if written < data.len() && origin.writeback {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
@@ -278,6 +295,7 @@ impl Core {
         let undo = inode.undoable.load(Acquire).then(|| inode.undo.lock());
         let mut change = Change { fd, inode, undo, reservation: None };
         let result = act(&mut change);
+        inode.written.store(true, Release);
         let reservation = change.reservation.take();
         drop(change);
         if counted && self.capacity.is_set() {

@@ -1,0 +1,292 @@
+//! Requests that are delayed or stalled: what waits with them, and what goes on.
+//!
+//! What the kernel holds for a request that waits (a file's lock, a directory's) is not ours to change; it is written
+//! down in `docs/semantics.md` and shown here.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::{Mounted, eventually, within};
+
+/// Long enough for anything that is not held, on a busy machine.
+const SOON: Duration = Duration::from_secs(5);
+/// Long enough to say that something is held.
+const HELD: Duration = Duration::from_millis(400);
+
+fn stall(mounted: &Mounted, op: &str, path: &str) {
+    mounted.rule("hang", json!({"match": {"ops": [op], "path": path}, "fault": {"kind": "stall"}}));
+}
+
+fn parked(mounted: &Mounted) -> u64 {
+    mounted.http("GET", "/v1/health", None).body["parked"].as_u64().unwrap()
+}
+
+fn eventually_parked(mounted: &Mounted, count: u64) {
+    eventually(&format!("{count} parked"), || parked(mounted) == count);
+}
+
+/// Starts something that will hang, on a thread of its own.
+fn hanging<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> std::thread::JoinHandle<T> {
+    std::thread::spawn(act)
+}
+
+fn goes_on<T: Send + 'static>(what: &str, act: impl FnOnce() -> T + Send + 'static) {
+    assert!(within(SOON, act).is_some(), "{what} goes on");
+}
+
+/// Something that waits; the caller releases it afterwards and must see it end.
+fn is_held<T: Send + 'static>(what: &str, act: impl FnOnce() -> T + Send + 'static) -> std::sync::mpsc::Receiver<T> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(act()));
+    assert!(receiver.recv_timeout(HELD).is_err(), "{what} is held");
+    receiver
+}
+
+fn file(mounted: &Mounted, name: &str) -> PathBuf {
+    std::fs::write(mounted.backing.join(name), [1; 16_384]).unwrap();
+    mounted.path(name)
+}
+
+#[test]
+fn reads_of_other_files_go_on_while_two_hundred_of_one_are_parked() {
+    let mounted = Mounted::new();
+    std::fs::write(mounted.backing.join("held"), vec![1; 200 * 65_536]).unwrap();
+    let (held, other) = (mounted.path("held"), file(&mounted, "other"));
+    stall(&mounted, "read", "/held");
+    let readers: Vec<_> = (0..200u64)
+        .map(|i| {
+            let path = held.clone();
+            hanging(move || {
+                let mut page = [0; 4096];
+                File::open(path)?.read_exact_at(&mut page, i * 65_536)?;
+                Ok::<_, std::io::Error>(page[0])
+            })
+        })
+        .collect();
+    eventually("two hundred parked", || parked(&mounted) >= 200);
+    let path = other.clone();
+    goes_on("a read of another file", move || std::fs::read(path).unwrap());
+    let path = other.clone();
+    goes_on("a write of another file", move || std::fs::write(path, "x").unwrap());
+    let held_again = held.clone();
+    goes_on("a stat of the same file", move || std::fs::metadata(held_again).unwrap());
+    let listed = mounted.http("GET", "/v1/requests", None).body;
+    let one = &listed["requests"][0];
+    assert_eq!(
+        (one["op"].as_str(), one["path"].as_str(), one["rule"].as_str(), one["state"].as_str()),
+        (Some("read"), Some("/held"), Some("hang"), Some("stalled")),
+        "{one}"
+    );
+    mounted.cli(&["rule", "rm", "hang"]);
+    for reader in readers {
+        assert_eq!(reader.join().unwrap().unwrap(), 1, "it goes on as if it had never been held");
+    }
+    mounted.end();
+}
+
+/// The kernel holds the file's lock while an fsync is open: writers of that file wait, readers do not.
+#[test]
+fn a_parked_fsync_holds_writers_of_its_file_and_nothing_else() {
+    let mounted = Mounted::new();
+    let (held, other) = (file(&mounted, "held"), file(&mounted, "other"));
+    stall(&mounted, "fsync", "/held");
+    let path = held.clone();
+    let fsync = hanging(move || OpenOptions::new().write(true).open(path)?.sync_all());
+    eventually_parked(&mounted, 1);
+    let path = held.clone();
+    goes_on("a read of the same file", move || std::fs::read(path).unwrap());
+    let path = held.clone();
+    goes_on("a stat of the same file", move || std::fs::metadata(path).unwrap());
+    let path = other.clone();
+    goes_on("an fsync of another file", move || OpenOptions::new().write(true).open(path).unwrap().sync_all());
+    let dir = mounted.mountpoint.clone();
+    goes_on("a create in the same directory", move || File::create(dir.join("new")).unwrap());
+    let path = held.clone();
+    let writer = is_held("a write to the same file", move || {
+        OpenOptions::new().write(true).open(path).unwrap().write_all_at(b"x", 0)
+    });
+    assert_eq!(mounted.cli(&["rule", "release", "hang"]).is_empty(), false);
+    fsync.join().unwrap().unwrap();
+    writer.recv_timeout(SOON).expect("the writer goes on").unwrap();
+    mounted.end();
+}
+
+/// The kernel holds the directory while a lookup is open: creating in it waits, and behind that every uncached lookup.
+#[test]
+fn a_parked_lookup_holds_creation_in_its_directory_and_nothing_else() {
+    let mounted = Mounted::new();
+    let (cached, _) = (file(&mounted, "cached"), file(&mounted, "held"));
+    std::fs::create_dir(mounted.backing.join("sub")).unwrap();
+    std::fs::write(mounted.backing.join("sub/f"), "x").unwrap();
+    let open = File::open(&cached).unwrap();
+    stall(&mounted, "lookup", "/held");
+    let path = mounted.path("held");
+    let lookup = hanging(move || std::fs::metadata(path).map(|meta| meta.len()));
+    eventually_parked(&mounted, 1);
+    goes_on("a read through an open file", move || open.read_at(&mut [0; 10], 0).unwrap());
+    let path = mounted.path("sub/f");
+    goes_on("a lookup in another directory", move || std::fs::read(path).unwrap());
+    let path = mounted.path("new");
+    let create = is_held("a create in the same directory", move || File::create(path).map(drop));
+    mounted.cli(&["rule", "rm", "hang"]);
+    assert_eq!(lookup.join().unwrap().unwrap(), 16_384);
+    create.recv_timeout(SOON).expect("the create goes on").unwrap();
+    mounted.end();
+}
+
+#[test]
+fn a_stall_ends_with_the_life_of_its_rule() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "held");
+    mounted.rule("hang", json!({"match": {"ops": ["write"]}, "trigger": {"for": "500ms"}, "fault": {"kind": "stall"}}));
+    let start = Instant::now();
+    OpenOptions::new().write(true).open(path).unwrap().write_all(b"x").unwrap();
+    assert!(start.elapsed() >= Duration::from_millis(300));
+    assert_eq!(mounted.http("GET", "/v1/rules/hang", None).body["state"], "expired");
+    mounted.end();
+}
+
+#[test]
+fn a_stall_that_ends_in_an_error_tells_it_when_released_and_not_when_removed() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "held");
+    let put = || {
+        mounted.rule(
+            "hang",
+            json!({
+                "match": {"ops": ["write"]}, "fault": {"kind": "stall", "then": "error", "errno": "ETIMEDOUT"},
+            }),
+        )
+    };
+    let write = |path: PathBuf| hanging(move || OpenOptions::new().write(true).open(path)?.write_all(b"x"));
+    put();
+    let first = write(path.clone());
+    eventually_parked(&mounted, 1);
+    let answer = mounted.http("POST", "/v1/rules/hang/release", Some(&json!({"count": 1})));
+    assert_eq!(answer.body["released"], 1);
+    assert_eq!(first.join().unwrap().unwrap_err().raw_os_error(), Some(libc::ETIMEDOUT));
+    let second = write(path);
+    eventually_parked(&mounted, 1);
+    mounted.cli(&["rule", "disable", "hang"]);
+    second.join().unwrap().unwrap();
+    mounted.end();
+}
+
+fn shell(script: &str) -> Child {
+    Command::new("sh").args(["-c", script]).spawn().unwrap()
+}
+
+#[test]
+fn a_killed_caller_is_let_go() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "held");
+    mounted.rule("hang", json!({"match": {"ops": ["fsync", "write"]}, "fault": {"kind": "stall"}}));
+    let mut writer =
+        shell(&format!("exec dd if=/dev/zero of={} conv=notrunc bs=10 count=1 2>/dev/null", path.display()));
+    eventually_parked(&mounted, 1);
+    let start = Instant::now();
+    writer.kill().unwrap();
+    let status = within(SOON, move || writer.wait()).expect("the caller ends").unwrap();
+    assert!(!status.success());
+    // The promise is 100 ms; the machine may be busy.
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    eventually_parked(&mounted, 0);
+    mounted.end();
+}
+
+#[test]
+fn a_killed_thread_of_a_program_is_let_go_with_it() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "held");
+    mounted.rule("hang", json!({"match": {"ops": ["fsync"]}, "fault": {"kind": "stall"}}));
+    let script = "import os,sys,threading\n\
+        fd=os.open(sys.argv[1],os.O_RDWR)\n\
+        for i in range(3): threading.Thread(target=os.fsync,args=(fd,)).start()\n";
+    let mut program = Command::new("python3").args(["-c", script]).arg(&path).spawn().unwrap();
+    eventually("a parked fsync", || parked(&mounted) >= 1);
+    program.kill().unwrap();
+    within(SOON, move || program.wait()).expect("the program ends").unwrap();
+    eventually_parked(&mounted, 0);
+    mounted.end();
+}
+
+#[test]
+fn the_socket_answers_while_every_request_of_a_loaded_mount_is_stalled() {
+    let mounted = Mounted::new();
+    for i in 0..64 {
+        file(&mounted, &format!("f{i}"));
+    }
+    mounted.rule("hang", json!({"fault": {"kind": "stall"}}));
+    let loads: Vec<_> = (0..64)
+        .map(|i| {
+            let path = mounted.path(&format!("f{i}"));
+            hanging(move || drop(std::fs::read(path)))
+        })
+        .collect();
+    eventually("something parked", || parked(&mounted) >= 1);
+    let mut slowest = Duration::ZERO;
+    for route in ["/v1/health", "/v1/rules", "/v1/requests", "/v1/mode", "/v1/space", "/v1/version", "/v1/rules/hang"] {
+        let start = Instant::now();
+        assert_eq!(mounted.http("GET", route, None).status, 200, "{route}");
+        slowest = slowest.max(start.elapsed());
+    }
+    // The promise is 100 ms; a busy machine may take longer to run us at all.
+    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    mounted.reset();
+    loads.into_iter().for_each(|load| load.join().unwrap());
+    mounted.end();
+}
+
+#[test]
+fn umount_lets_parked_requests_go_on() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "held");
+    stall(&mounted, "write", "/held");
+    let write = hanging(move || OpenOptions::new().write(true).open(path)?.write_all(b"after all"));
+    eventually_parked(&mounted, 1);
+    let backing = mounted.backing.join("held");
+    let kept = File::open(&backing).unwrap();
+    mounted.end();
+    write.join().unwrap().unwrap();
+    let mut found = [0; 9];
+    kept.read_exact_at(&mut found, 0).unwrap();
+    assert_eq!(&found, b"after all");
+}
+
+#[test]
+fn delays_of_several_rules_add_up() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "f");
+    for name in ["a", "b"] {
+        let fault: Value = json!({"kind": "latency", "delay": "200ms"});
+        mounted.rule(name, json!({"match": {"ops": ["write"]}, "fault": fault}));
+    }
+    let start = Instant::now();
+    OpenOptions::new().write(true).open(path).unwrap().write_all(b"x").unwrap();
+    assert!(start.elapsed() >= Duration::from_millis(400), "{:?}", start.elapsed());
+    mounted.end();
+}
+
+/// A request that waits keeps its pages locked: cleaning the kernel's caches cannot finish, and the answer says so.
+#[test]
+fn what_could_not_be_cleaned_in_time_is_told() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "held");
+    stall(&mounted, "read", "/held");
+    let read = hanging(move || std::fs::read(path));
+    eventually("a parked read", || parked(&mounted) >= 1);
+    let answer = mounted.error_rule("eio", "read", "/held", "EIO", None);
+    assert_eq!(answer["pending"].as_array().map(Vec::len), Some(1), "{answer}");
+    mounted.cli(&["rule", "rm", "hang"]);
+    drop(read.join().unwrap());
+    eventually("the event that it is in force", || {
+        mounted.events().iter().any(|event| event["action"] == "in_force" && event["rule"] == "eio")
+    });
+    mounted.end();
+}
