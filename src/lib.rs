@@ -1,4 +1,49 @@
+//! A disk that misbehaves on command, and says exactly what it did.
+//!
+//! A FUSE filesystem to be mounted over the data directory of an unmodified database. With nothing armed it is
+//! invisible; armed, it fails as storage fails. A socket takes rules and tells of every injection.
+//!
+//! # Layout
+//!
+//! - [`sys`]: Linux interfaces, one a file; the only place with `unsafe`.
+//! - [`fault`]: rules in, decision out. Pure.
+//! - [`event`]: the record of what happened, and the ring that holds it.
+//! - [`durability`]: what can be taken back.
+//! - [`space`]: capacity.
+//! - [`fs`]: the filesystem, the hot path.
+//! - [`control`]: the socket.
+//! - [`daemon`]: from options to a mount that serves, and to its end.
+//! - [`client`], [`cli`]: the command line, which talks to the socket and to nothing else.
+//!
+//! Each part uses only those above it in this list (the command line starts the daemon and reads its state files; it
+//! shares no state with it). A test holds that.
+//!
+//! # Threads
+//!
+//! | thread | how many | does | may wait for |
+//! |---|---|---|---|
+//! | reader (`fuser-N`) | processors + 1 | reads a request, decides, does it, replies | the backing filesystem |
+//! | `worker` | as needed, at most 256 | fsyncs, and parked requests that go on | the backing filesystem |
+//! | `clock` | 1 | lets delayed requests go, ends the lives of rules, lets killed callers die | nothing |
+//! | `control` | 1 | HTTP and the event stream | its clients |
+//! | `helper`, `kernel-cache` | as needed | what could block: cleaning the kernel's caches, evicting, counting | readers |
+//! | main, `signals` | 2 | the beginning and the end | all |
+//!
+//! # Locks
+//!
+//! All are held for a few instructions, alone, and never across a system call. One exception: a file's undo log stays
+//! locked while old bytes are saved and overwritten, because nobody may write them in between. The control thread takes no lock that is
+//! ever held across a system call, but for that of `/v1/space`, which is its own.
+//!
+//! # The life of one write
+//!
+//! [`fs::adapter`] names it as a [`fs::call::Call`] and hands it to [`fs::Core::serve`]. No rule armed for writes: one
+//! atomic load, and on to `perform`, to `pwrite`, to the reply. Else [`fault::decide`] asks the rules: an error is
+//! told at once; a delay or stall parks the request ([`fs::park`]), and the clock or a client lets it go on, on a
+//! worker; a drop is written with its undo log. Each firing is in the ring ([`event::Ring`]) before the reply, and the
+//! control thread is woken after it.
 #![deny(unsafe_code)]
+
 pub mod cli;
 pub mod client;
 pub mod control;

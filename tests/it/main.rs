@@ -6,8 +6,12 @@
 //! databases; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
 
 mod databases;
+mod events;
 mod faults;
+mod houses;
+mod input;
 mod mount;
 mod parking;
+mod rules;
 mod space;
 mod support;

@@ -1,11 +1,276 @@
-//! The life of a mount.
+//! The life of a mount: where it may be, how it begins and how it ends, from every state.
 
-use crate::support::Mounted;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+
+use crate::support::{Mounted, PROGRAM, Said, eventually, is_alive, within};
+
+/// Runs the program on directories of a test's own.
+fn program(run_dir: &Path, words: &[&str]) -> Said {
+    let mut command = Command::new(PROGRAM);
+    command.args(words).env("NEMESISFS_RUNDIR", run_dir).env_remove("NEMESISFS_HOST").output().unwrap().into()
+}
+
+fn signal(mounted: &Mounted, signal: Signal) {
+    kill(Pid::from_raw(mounted.pid as i32), signal).unwrap();
+}
+
+fn is_mounted(path: &Path) -> bool {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+}
 
 #[test]
 fn a_mount_shows_the_backing_directory_and_leaves_nothing() {
     let mounted = Mounted::new();
     std::fs::write(mounted.path("a"), "hello").unwrap();
     assert_eq!(std::fs::read_to_string(mounted.backing.join("a")).unwrap(), "hello");
+    let (mountpoint, socket) = (mounted.mountpoint.clone(), mounted.socket.clone());
+    let listed = mounted.cli(&["list"]);
+    assert!(listed.contains("alive") && listed.contains(mountpoint.to_str().unwrap()), "{listed}");
+    let pid = mounted.pid;
+    mounted.end();
+    assert!(!is_mounted(&mountpoint) && !socket.exists());
+    eventually("the daemon's end", || !is_alive(pid));
+}
+
+#[test]
+fn the_ready_line_is_stable() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    for name in ["backing", "mnt"] {
+        std::fs::create_dir(path(name)).unwrap();
+    }
+    let said = program(dir.path(), &["mount", &path("backing"), &path("mnt"), "--instance", "n1"]);
+    assert_eq!((said.code, said.err.as_str()), (0, ""));
+    let words: Vec<&str> = said.out.trim_end().split(' ').map(|word| word.split('=').next().unwrap()).collect();
+    assert_eq!(words, ["ready", "instance", "mount", "socket", "pid", "log"], "{said:?}");
+    assert!(said.out.contains(&format!("socket={}", path("n1.sock"))), "{said:?}");
+    assert_eq!(program(dir.path(), &["umount", &path("mnt")]).code, 0);
+    assert_eq!(program(dir.path(), &["umount", &path("mnt")]).code, 0, "not mounted is success");
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 3, "only the two directories and the log: {left:?}");
+}
+
+#[test]
+fn in_place_the_directory_is_opened_before_it_is_covered() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(data.join("before"), "there").unwrap();
+    let (run, data_text) = (dir.path().join("run"), data.display().to_string());
+    assert_eq!(program(&run, &["mount", &data_text, &data_text]).code, 0);
+    assert!(is_mounted(&data));
+    assert_eq!(std::fs::read_to_string(data.join("before")).unwrap(), "there");
+    std::fs::write(data.join("during"), "kept").unwrap();
+    let again = program(&run, &["mount", &data_text, &data_text, "--instance", "again"]);
+    assert_eq!(again.code, 1);
+    assert!(again.err.contains("mounted by us"), "{again:?}");
+    assert_eq!(program(&run, &["umount", &data_text]).code, 0);
+    assert!(!is_mounted(&data));
+    assert_eq!(std::fs::read_to_string(data.join("during")).unwrap(), "kept");
+}
+
+/// A data directory is often a filesystem of its own: ending our mount must leave that one alone.
+#[test]
+fn in_place_over_a_mounted_filesystem_only_our_own_mount_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let none: Option<&str> = None;
+    nix::mount::mount(Some("tmpfs"), &data, Some("tmpfs"), nix::mount::MsFlags::empty(), none).unwrap();
+    let device = std::fs::metadata(&data).unwrap().dev();
+    let (run, text) = (dir.path().join("run"), data.display().to_string());
+    for how in
+        [&["umount", text.as_str()][..], &["umount", text.as_str(), "--lazy"], &["umount", text.as_str(), "--force"]]
+    {
+        assert_eq!(program(&run, &["mount", &text, &text]).code, 0);
+        assert_ne!(std::fs::metadata(&data).unwrap().dev(), device);
+        let said = program(&run, how);
+        assert_eq!(said.code, 0, "{said:?}");
+        assert_eq!(std::fs::metadata(&data).unwrap().dev(), device, "{how:?}");
+    }
+    nix::mount::umount(&data).unwrap();
+}
+
+#[test]
+fn what_cannot_go_well_is_refused_with_its_reason() {
+    let mounted = Mounted::new();
+    let run = mounted.run_dir();
+    let (backing, mountpoint) = (mounted.backing.display().to_string(), mounted.mountpoint.display().to_string());
+    let other = mounted.aside("other").display().to_string();
+    let inside = mounted.aside("other/inside").display().to_string();
+    let free = mounted.aside("free").display().to_string();
+    let busy = File::create(Path::new(&free).join("open")).unwrap();
+    let nothing = format!("{other}/nothing");
+    for (from, to, reason) in [
+        (&other, &mountpoint, "mounted by us"),
+        (&backing, &other, "served by instance"),
+        (&other, &inside, "inside the backing directory"),
+        (&other, &free, "busy"),
+        (&nothing, &other, "No such file"),
+        (&other, &nothing, "No such file"),
+        (&other, &"/proc".to_string(), "busy"),
+    ] {
+        let start = Instant::now();
+        let said = program(&run, &["mount", from, to, "--instance", "second"]);
+        assert_eq!(said.code, 1, "{from} {to}: {said:?}");
+        assert!(said.err.contains(reason) && said.err.contains("hint: "), "{from} {to}: {said:?}");
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+    let same_name = program(&run, &["mount", &other, &other, "--instance", "t"]);
+    assert!(same_name.code == 1 && same_name.err.contains("running already"), "{same_name:?}");
+    let socket = format!("{other}/s.sock");
+    let below = program(&run, &["mount", &other, &other, "--instance", "second", "--socket", &socket]);
+    assert!(below.code == 1 && below.err.contains("under the mountpoint"), "{below:?}");
+    assert_eq!(program(&run, &["mount", &other, &other, "-o", "sude"]).code, 2);
+    drop(busy);
+    std::fs::write(mounted.path("a"), "the first is untouched").unwrap();
+    mounted.end();
+}
+
+#[test]
+fn a_busy_mount_is_not_ended_and_its_holders_are_named() {
+    let mounted = Mounted::new();
+    let open = File::create(mounted.path("f")).unwrap();
+    let said = mounted.try_cli(&["umount", "--instance", "t"]);
+    assert_eq!(said.code, 1);
+    assert!(said.err.contains(&std::process::id().to_string()), "{said:?}");
+    std::fs::write(mounted.path("g"), "it goes on").unwrap();
+    // And it parks again, after the failed attempt had let everything go.
+    mounted.rule("hang", json!({"match": {"path": "/g", "ops": ["write"]}, "fault": {"kind": "stall"}}));
+    let path = mounted.path("g");
+    let held = std::thread::spawn(move || std::fs::write(path, "x"));
+    eventually("a parked write", || mounted.http("GET", "/v1/health", None).body["parked"] == 1);
+    mounted.reset();
+    held.join().unwrap().unwrap();
+    drop(open);
+    mounted.end();
+}
+
+#[test]
+fn a_lazy_umount_ends_the_daemon_after_the_last_close() {
+    let mounted = Mounted::new();
+    let mut open = File::create(mounted.path("f")).unwrap();
+    let mountpoint = mounted.mountpoint.clone();
+    let pid = mounted.pid;
+    let backing = mounted.backing.join("f");
+    let lazy = std::thread::scope(|scope| {
+        let lazy = scope.spawn(|| mounted.try_cli(&["umount", "--instance", "t", "--lazy"]));
+        eventually("it is detached", || !is_mounted(&mountpoint));
+        open.write_all(b"still served").unwrap();
+        assert!(is_alive(pid));
+        assert_eq!(std::fs::read(&backing).unwrap(), b"still served");
+        drop(open);
+        lazy.join().unwrap()
+    });
+    assert_eq!(lazy.code, 0, "{lazy:?}");
+    eventually("the daemon's end", || !is_alive(pid));
+}
+
+#[test]
+fn signals_end_it_cleanly_also_with_parked_requests_and_open_files() {
+    for which in [Signal::SIGTERM, Signal::SIGINT] {
+        let mounted = Mounted::new();
+        let open = File::create(mounted.path("f")).unwrap();
+        mounted.rule("hang", json!({"match": {"ops": ["fsync"]}, "fault": {"kind": "stall"}}));
+        let held = std::thread::spawn(move || open.sync_all());
+        eventually("a parked fsync", || mounted.http("GET", "/v1/health", None).body["parked"] == 1);
+        signal(&mounted, which);
+        held.join().unwrap().unwrap();
+        eventually("the daemon's end", || !is_alive(mounted.pid));
+        assert!(!is_mounted(&mounted.mountpoint) && !mounted.socket.exists());
+        assert!(mounted.log_text().contains("the mount has ended"), "{}", mounted.log_text());
+    }
+}
+
+#[test]
+fn after_a_signal_a_mount_in_use_is_cut_within_ten_seconds() {
+    let mounted = Mounted::new();
+    let open = File::create(mounted.path("f")).unwrap();
+    signal(&mounted, Signal::SIGTERM);
+    eventually("it is detached", || !is_mounted(&mounted.mountpoint));
+    eventually("the daemon's end", || !is_alive(mounted.pid));
+    drop(open);
+}
+
+/// Killed, the daemon leaves a dead mount, so that the directory below cannot pass for an empty database.
+#[test]
+fn a_killed_daemon_loses_nothing_and_the_next_mount_cleans_up() {
+    let mounted = Mounted::new();
+    std::fs::write(mounted.path("a"), "acknowledged").unwrap();
+    signal(&mounted, Signal::SIGKILL);
+    eventually("its end", || !is_alive(mounted.pid));
+    // A request that was on its way fails with the connection; from then on there is none.
+    eventually("a dead mount", || {
+        std::fs::metadata(mounted.path("a")).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
+    });
+    assert_eq!(std::fs::read(mounted.backing.join("a")).unwrap(), b"acknowledged");
+    let listed = program(&mounted.run_dir(), &["list"]).out;
+    assert!(listed.contains("dead") || listed.contains("stale"), "{listed}");
+    let (backing, mountpoint) = (mounted.backing.display().to_string(), mounted.mountpoint.display().to_string());
+    let said = program(&mounted.run_dir(), &["mount", &backing, &mountpoint, "--instance", "t"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert_eq!(std::fs::read(mounted.path("a")).unwrap(), b"acknowledged");
+    let ended = program(&mounted.run_dir(), &["umount", &mountpoint]);
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(!is_mounted(&mounted.mountpoint));
+}
+
+#[test]
+fn a_dead_mount_is_unmounted() {
+    let mounted = Mounted::new();
+    signal(&mounted, Signal::SIGKILL);
+    eventually("its end", || !is_alive(mounted.pid));
+    let mountpoint = mounted.mountpoint.display().to_string();
+    for _ in 0..2 {
+        assert_eq!(program(&mounted.run_dir(), &["umount", &mountpoint]).code, 0);
+        assert!(!is_mounted(&mounted.mountpoint));
+    }
+}
+
+#[test]
+fn a_stopped_daemon_is_forced() {
+    let mounted = Mounted::new();
+    signal(&mounted, Signal::SIGSTOP);
+    let mountpoint = mounted.mountpoint.clone();
+    let (run, text) = (mounted.run_dir(), mountpoint.display().to_string());
+    let said = within(Duration::from_secs(60), move || {
+        program(&run, &["umount", &text, "--force", "--connect-timeout", "1s"])
+    });
+    let said = said.expect("it comes back");
+    assert!(!is_mounted(&mountpoint), "{said:?}");
+    signal(&mounted, Signal::SIGKILL);
+}
+
+#[test]
+fn new_files_belong_to_their_makers() {
+    let mounted = Mounted::new();
+    // uid and gid of nobody, umask 027, in a directory with a sticky and an sgid bit.
+    let script =
+        "umask 027; mkdir sg; chmod 2770 sg; mkdir sg/d; echo x > sg/f; mkfifo p; ln -s f l; echo x > f; chmod 4755 f";
+    for dir in [mounted.mountpoint.clone(), mounted.aside("bare")] {
+        std::os::unix::fs::chown(&dir, Some(65534), Some(12)).unwrap();
+        let status = Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--groups=12,100", "sh", "-ec", script])
+            .current_dir(&dir)
+            .status();
+        assert!(status.unwrap().success());
+    }
+    let tree = |dir: &Path| {
+        ["sg", "sg/d", "sg/f", "p", "l", "f"].map(|name| {
+            let meta = std::fs::symlink_metadata(dir.join(name)).unwrap();
+            (name, meta.uid(), meta.gid(), format!("{:o}", meta.mode()))
+        })
+    };
+    assert_eq!(tree(&mounted.mountpoint), tree(&mounted.aside("bare")));
     mounted.end();
 }

@@ -1,0 +1,224 @@
+//! The stream of events: complete, filtered, resumed, and never in anybody's way.
+
+use std::fs::File;
+use std::io::{BufRead, Read};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::support::{Mounted, next_event, within};
+
+/// Makes so many injections: each is one failed write.
+fn inject(mounted: &Mounted, count: usize) {
+    let file = File::options().write(true).create(true).truncate(false).open(mounted.path("f")).unwrap();
+    for _ in 0..count {
+        file.write_at(b"x", 0).unwrap_err();
+    }
+}
+
+fn armed() -> Mounted {
+    let mounted = Mounted::new();
+    mounted.error_rule("eio", "write", "/f", "EIO", None);
+    mounted
+}
+
+#[test]
+fn an_injection_is_on_the_stream_as_the_contract_says() {
+    let mounted = armed();
+    let mut stream = mounted.stream("", "");
+    let (_, hello) = next_event(&mut stream, "hello");
+    assert!(hello["boot_id"].is_string() && hello["newest"].is_string(), "{hello}");
+    inject(&mounted, 1);
+    let (id, event) = next_event(&mut stream, "injection");
+    assert_eq!(id.as_deref(), event["id"].as_str());
+    let expected = json!({
+        "event": "injection", "instance": "t", "rule": "eio", "kind": "error", "op": "write", "path": "/f", "offset": 0,
+        "length": 1, "pid": std::process::id(), "errno": "EIO", "delay_ns": 0, "nth": 1, "repeat": false, "labels": {},
+    });
+    for (field, value) in expected.as_object().unwrap() {
+        assert_eq!(&event[field], value, "{field} of {event}");
+    }
+    for field in ["time", "monotonic_ns", "ino", "fh", "tid", "uid", "comm", "worker"] {
+        assert!(!event[field].is_null(), "{field} of {event}");
+    }
+    assert_ne!(event["tid"], 0);
+    mounted.end();
+}
+
+#[test]
+fn the_event_is_there_before_the_program_notices() {
+    let mounted = armed();
+    for n in 1..=20 {
+        inject(&mounted, 1);
+        assert_eq!(mounted.injections("eio").len(), n, "right after the call has failed");
+    }
+    mounted.end();
+}
+
+#[test]
+fn filters_pass_only_what_was_asked_for() {
+    let mounted = armed();
+    mounted.error_rule("enospc", "write", "/g", "ENOSPC", None);
+    inject(&mounted, 2);
+    File::create(mounted.path("g")).unwrap().write_at(b"x", 0).unwrap_err();
+    let count = |query: &str| {
+        let request = format!(
+            "GET /v1/events?follow=false&{query} HTTP/1.1\r\nHost: x\r\nAccept: application/x-ndjson\r\n\
+             Connection: close\r\n\r\n"
+        );
+        mounted.raw(&request).lines().filter(|line| line.contains("\"event\":\"injection\"")).count()
+    };
+    assert_eq!(count(""), 3);
+    assert_eq!(count("rule=eio"), 2);
+    assert_eq!(count("rule=e*"), 3);
+    assert_eq!(count("path=/g"), 1);
+    assert_eq!(count("op=read"), 0);
+    assert_eq!(count("kind=error"), 3);
+    assert_eq!(count(&format!("pid={}", std::process::id())), 3);
+    assert_eq!(count("pid=1"), 0);
+    assert_eq!(count("limit=1&kind=error"), 1);
+    mounted.end();
+}
+
+#[test]
+fn a_client_that_resumes_misses_nothing() {
+    let mounted = armed();
+    let mut stream = mounted.stream("?rule=eio", "");
+    inject(&mounted, 3);
+    let first = next_event(&mut stream, "injection").0.unwrap();
+    drop(stream);
+    inject(&mounted, 2);
+    for headers in [format!("Last-Event-ID: {first}\r\n"), String::new()] {
+        let query = if headers.is_empty() { format!("?rule=eio&since={first}") } else { "?rule=eio".into() };
+        let mut stream = mounted.stream(&query, &headers);
+        let numbers: Vec<u64> =
+            (0..4).map(|_| next_event(&mut stream, "injection").1["nth"].as_u64().unwrap()).collect();
+        assert_eq!(numbers, [2, 3, 4, 5]);
+    }
+    mounted.end();
+}
+
+#[test]
+fn a_client_that_fell_behind_is_told_how_much_it_missed() {
+    let mounted = armed();
+    inject(&mounted, 1);
+    let first = mounted.injections("eio")[0]["id"].as_str().unwrap().to_string();
+    // More than the ring holds.
+    inject(&mounted, 20_000);
+    let mut stream = mounted.stream(&format!("?since={first}"), "");
+    let (_, gap) = next_event(&mut stream, "gap");
+    let missed = gap["missed"].as_u64().unwrap();
+    assert!(missed >= 20_000 - 16_384, "{gap}");
+    let (_, event) = next_event(&mut stream, "injection");
+    assert_eq!(event["nth"].as_u64().unwrap(), 1 + missed + 1, "and goes on right behind the gap");
+    mounted.end();
+}
+
+#[test]
+fn an_id_of_an_earlier_daemon_is_answered_with_a_gap() {
+    let mounted = armed();
+    inject(&mounted, 1);
+    let mut stream = mounted.stream("?since=ffffff-7", "");
+    let (_, gap) = next_event(&mut stream, "gap");
+    assert!(gap["missed"].is_null(), "nobody knows: {gap}");
+    next_event(&mut stream, "injection");
+    mounted.end();
+}
+
+#[test]
+fn a_client_that_stops_reading_or_dies_slows_nothing() {
+    let mounted = armed();
+    let file = File::options().write(true).create(true).truncate(false).open(mounted.path("f")).unwrap();
+    let burst = || {
+        let start = Instant::now();
+        (0..2000).for_each(|_| drop(file.write_at(b"x", 0).unwrap_err()));
+        start.elapsed()
+    };
+    let alone = burst();
+    let mut stopped: Vec<_> = (0..16).map(|_| mounted.stream("", "")).collect();
+    stopped.iter_mut().for_each(|stream| drop(next_event(stream, "hello")));
+    let dead = stopped.split_off(8);
+    drop(dead);
+    let together = burst();
+    // Far from measuring: it tells a wait for a client, which would be for ever, from none.
+    assert!(together < alone * 20 + Duration::from_secs(2), "{alone:?} alone, {together:?} with clients that hang");
+    let mut one = stopped.pop().unwrap();
+    let number = within(Duration::from_secs(10), move || next_event(&mut one, "injection").1["nth"].as_u64().unwrap());
+    assert_eq!(number, Some(2001), "and what it had not read is still there");
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn the_stream_ends_with_bye() {
+    let mounted = Mounted::new();
+    let mut stream = mounted.stream("", "");
+    next_event(&mut stream, "hello");
+    mounted.end();
+    next_event(&mut stream, "bye");
+    let mut rest = String::new();
+    let _ = stream.read_to_string(&mut rest);
+    assert!(!rest.contains("event:"), "{rest}");
+}
+
+#[test]
+fn waiting_for_a_rule_gives_the_event_or_what_was_met() {
+    let mounted = armed();
+    let wait = |query: &str| mounted.http("GET", &format!("/v1/rules/eio/wait?{query}"), None);
+    let nothing = wait("for=200ms");
+    assert_eq!(nothing.body, json!({"fired": false, "matches": 0, "state": "armed"}));
+    let cursor = mounted.http("GET", "/v1/rules/eio", None).body["cursor"].as_str().unwrap().to_string();
+    inject(&mounted, 2);
+    let fired = wait(&format!("injections=2&since={cursor}&for=10s"));
+    assert_eq!((fired.body["fired"].as_bool(), fired.body["event"]["nth"].as_u64()), (Some(true), Some(2)));
+    assert_eq!(wait("injections=3&for=100ms").body["fired"], false);
+    assert_eq!(mounted.http("GET", "/v1/rules/none/wait", None).status, 404);
+
+    let said = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| mounted.try_cli(&["rule", "wait", "eio", "--injections", "9", "--for", "20s"]));
+        std::thread::sleep(Duration::from_millis(200));
+        mounted.cli(&["rule", "rm", "eio"]);
+        waiting.join().unwrap()
+    });
+    assert_eq!(said.code, 4, "a rule that is removed meanwhile: {said:?}");
+    mounted.end();
+}
+
+#[test]
+fn changes_of_state_are_events_too() {
+    let mounted = Mounted::new();
+    mounted.cli(&["rule", "add", "a", "--kind", "error", "--errno", "EIO", "--op", "write", "--label", "ticket=7"]);
+    mounted.cli(&["mode", "enospc"]);
+    mounted.cli(&["space", "virtual", "--free", "1GiB"]);
+    mounted.cli(&["reset"]);
+    let events = mounted.events();
+    for (name, action) in [("rule", "added"), ("mode", "set"), ("space", "set"), ("rule", "reset")] {
+        assert!(
+            events.iter().any(|event| event["event"] == name && event["action"] == action),
+            "{name} {action} in {events:?}"
+        );
+    }
+    mounted.end();
+}
+
+#[test]
+fn the_command_line_follows_the_stream() {
+    let mounted = armed();
+    let mut follower = std::process::Command::new(crate::support::PROGRAM)
+        .args(["events", "--follow", "--rule", "eio", "--format", "json"])
+        .env("NEMESISFS_RUNDIR", mounted.run_dir())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufReader::new(follower.stdout.take().unwrap());
+    let mut line = String::new();
+    lines.read_line(&mut line).unwrap();
+    inject(&mounted, 1);
+    line.clear();
+    lines.read_line(&mut line).unwrap();
+    let event: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(event["rule"], "eio");
+    mounted.end();
+    assert_eq!(follower.wait().unwrap().code(), Some(0), "it ends with the daemon");
+}

@@ -1,0 +1,243 @@
+//! Rules through the socket and the command line: their life, their order, their counting.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use serde_json::{Value, json};
+
+use crate::support::Mounted;
+
+/// Which of so many writes of one byte fail, by number from 1.
+fn failures(mounted: &Mounted, count: u64) -> Vec<u64> {
+    let file = File::options().write(true).create(true).truncate(false).open(mounted.path("f")).unwrap();
+    (1..=count).filter(|_| file.write_at(b"x", 0).is_err()).collect()
+}
+
+fn error_on_write(trigger: Value) -> Value {
+    json!({"match": {"ops": ["write"]}, "trigger": trigger, "fault": {"kind": "error", "errno": "EIO"}})
+}
+
+#[test]
+fn triggers_count_exactly() {
+    let mounted = Mounted::new();
+    let cases = [
+        (json!({}), vec![1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (json!({"times": 3}), vec![1, 2, 3]),
+        (json!({"skip": 7}), vec![8, 9, 10]),
+        (json!({"every": 4}), vec![1, 5, 9]),
+        (json!({"skip": 2, "every": 3, "times": 2}), vec![3, 6]),
+        (json!({"probability": 0.0}), vec![]),
+    ];
+    for (i, (trigger, expected)) in cases.into_iter().enumerate() {
+        let name = format!("r{i}");
+        mounted.rule(&name, error_on_write(trigger.clone()));
+        assert_eq!(failures(&mounted, 10), expected, "{trigger}");
+        let rule = mounted.http("GET", &format!("/v1/rules/{name}"), None).body;
+        assert_eq!((rule["matches"].as_u64(), rule["injections"].as_u64()), (Some(10), Some(expected.len() as u64)));
+        mounted.cli(&["rule", "rm", &name]);
+    }
+    mounted.end();
+}
+
+#[test]
+fn the_same_seed_gives_the_same_injections() {
+    let run = |seed: u64| {
+        let mounted = Mounted::with(&["--seed", "7"]);
+        mounted.rule("half", error_on_write(json!({"probability": 0.5, "seed": seed})));
+        let failed = failures(&mounted, 200);
+        mounted.rule("other", error_on_write(json!({"probability": 0.5})));
+        mounted.cli(&["rule", "rm", "half"]);
+        let by_mount = failures(&mounted, 200);
+        mounted.end();
+        (failed, by_mount)
+    };
+    let (first, by_mount) = run(1);
+    assert!((60..140).contains(&first.len()), "{}", first.len());
+    let (again, by_mount_again) = run(1);
+    assert_eq!((&first, &by_mount), (&again, &by_mount_again));
+    assert_ne!(run(2).0, first);
+}
+
+#[test]
+fn the_first_rule_that_decides_ends_it_and_later_ones_do_not_count() {
+    let mounted = Mounted::new();
+    mounted.rule("first", error_on_write(json!({"times": 2})));
+    mounted.rule("second", json!({"match": {"ops": ["write"]}, "fault": {"kind": "error", "errno": "ENOSPC"}}));
+    let file = File::create(mounted.path("f")).unwrap();
+    let errnos: Vec<_> = (0..4).map(|_| file.write_at(b"x", 0).unwrap_err().raw_os_error().unwrap()).collect();
+    assert_eq!(errnos, [libc::EIO, libc::EIO, libc::ENOSPC, libc::ENOSPC]);
+    let second = mounted.http("GET", "/v1/rules/second", None).body;
+    assert_eq!(second["matches"], 2, "while the first decided, the second did not match");
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn the_same_definition_keeps_its_counters_and_a_changed_one_starts_anew() {
+    let mounted = Mounted::new();
+    let put = |trigger: Value| mounted.rule("r", error_on_write(trigger))["matches"].as_u64().unwrap();
+    put(json!({"times": 2}));
+    failures(&mounted, 5);
+    assert_eq!(put(json!({"times": 2})), 5);
+    assert_eq!(mounted.http("PATCH", "/v1/rules/r", Some(&json!({"enabled": false}))).body["state"], "disabled");
+    assert!(failures(&mounted, 3).is_empty());
+    mounted.cli(&["rule", "enable", "r"]);
+    assert_eq!(mounted.http("GET", "/v1/rules/r", None).body["matches"], 5);
+    assert_eq!(put(json!({"times": 3})), 0);
+    assert_eq!(failures(&mounted, 5), [1, 2, 3]);
+    mounted.end();
+}
+
+#[test]
+fn a_set_is_replaced_at_once_and_keeps_its_order() {
+    let mounted = Mounted::new();
+    mounted.rule("z", error_on_write(json!({})));
+    let rule = |name: &str| {
+        let mut rule = error_on_write(json!({}));
+        rule["name"] = name.into();
+        rule
+    };
+    let answer = mounted.http("PUT", "/v1/rules", Some(&json!({"rules": [rule("b"), rule("a")]})));
+    assert_eq!(answer.status, 200);
+    let names = || {
+        let rules = mounted.http("GET", "/v1/rules", None).body["rules"].clone();
+        rules.as_array().unwrap().iter().map(|rule| rule["name"].as_str().unwrap().to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(names(), ["b", "a"]);
+    mounted.rule("c", error_on_write(json!({})));
+    mounted.rule("b", error_on_write(json!({"skip": 1})));
+    assert_eq!(names(), ["b", "a", "c"], "a new name at the end, a known one in its place");
+    assert_eq!(mounted.http("DELETE", "/v1/rules/a", None).status, 204);
+    assert_eq!(mounted.http("DELETE", "/v1/rules/a", None).status, 204);
+    let file = mounted.run_dir().join("rules.toml");
+    std::fs::write(&file, "[[rules]]\nname = \"t\"\nmatch.ops = [\"read\"]\nfault = { kind = \"drop\" }\n").unwrap();
+    assert_eq!(mounted.try_cli(&["rule", "apply", file.to_str().unwrap()]).code, 1, "reads cannot be dropped");
+    std::fs::write(&file, "[[rules]]\nname = \"t\"\nmatch.ops = [\"write\"]\nfault = { kind = \"drop\" }\n").unwrap();
+    mounted.cli(&["rule", "apply", file.to_str().unwrap()]);
+    assert_eq!(names(), ["t"]);
+    mounted.cli(&["rule", "clear"]);
+    assert!(names().is_empty());
+    mounted.end();
+}
+
+#[test]
+fn a_rule_matches_by_path_and_follows_the_file() {
+    let mounted = Mounted::new();
+    let path = |name: &str| mounted.path(name);
+    std::fs::create_dir_all(path("wal/deep")).unwrap();
+    for name in ["wal/a", "wal/deep/b", "data"] {
+        std::fs::write(path(name), "x").unwrap();
+    }
+    mounted.error_rule("wal", "write", "/wal/*", "EIO", None);
+    let fails = |name: &str| File::options().write(true).open(path(name)).unwrap().write_at(b"x", 0).is_err();
+    assert!(fails("wal/a") && !fails("wal/deep/b") && !fails("data"));
+    std::fs::rename(path("data"), path("wal/data")).unwrap();
+    assert!(fails("wal/data"), "under its new name");
+    std::fs::rename(path("wal"), path("log")).unwrap();
+    assert!(!fails("log/a") && !fails("log/data"), "the directory has moved");
+    std::fs::create_dir(path("wal")).unwrap();
+    std::fs::hard_link(path("log/a"), path("wal/link")).unwrap();
+    assert!(fails("log/a"), "any of its names counts");
+    let events = mounted.injections("wal");
+    assert_eq!(events[0]["path"], "/wal/a");
+    assert_eq!(events[1]["path"], "/wal/data");
+    mounted.end();
+}
+
+#[test]
+fn either_path_of_a_rename_or_link_matches() {
+    let mounted = Mounted::new();
+    for name in ["a", "b"] {
+        std::fs::write(mounted.path(name), "x").unwrap();
+    }
+    for path in ["/a", "/c"] {
+        mounted.error_rule("r", "rename", path, "EIO", None);
+        assert!(std::fs::rename(mounted.path("a"), mounted.path("c")).is_err(), "{path}");
+        std::fs::rename(mounted.path("b"), mounted.path("d")).unwrap();
+        std::fs::rename(mounted.path("d"), mounted.path("b")).unwrap();
+    }
+    for path in ["/a", "/l"] {
+        mounted.error_rule("r", "link", path, "EIO", None);
+        assert!(std::fs::hard_link(mounted.path("a"), mounted.path("l")).is_err(), "{path}");
+    }
+    mounted.end();
+}
+
+#[test]
+fn a_rule_matches_by_process_user_and_range() {
+    let mounted = Mounted::new();
+    std::fs::write(mounted.path("f"), [1; 20_000]).unwrap();
+    let file = File::options().write(true).open(mounted.path("f")).unwrap();
+    let rule = |conditions: Value| {
+        mounted.rule("r", json!({"match": conditions, "fault": {"kind": "error", "errno": "EIO"}}));
+    };
+    let fails_at = |offset: u64| file.write_all_at(&[2; 100], offset).is_err();
+    rule(json!({"ops": ["write"], "pid": std::process::id()}));
+    assert!(fails_at(0), "whichever of its threads writes");
+    rule(json!({"ops": ["write"], "pid": 1}));
+    assert!(!fails_at(0));
+    rule(json!({"ops": ["write"], "uid": 0}));
+    assert!(fails_at(0));
+    rule(json!({"ops": ["write"], "uid": 4711}));
+    assert!(!fails_at(0));
+    rule(json!({"ops": ["write"], "offset": "4KiB..8KiB"}));
+    assert!(!fails_at(0) && !fails_at(3996) && fails_at(3997) && fails_at(8191) && !fails_at(8192));
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn rules_from_a_file_are_in_force_from_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("rules.json");
+    let set =
+        json!({"rules": [{"name": "w", "match": {"ops": ["write"]}, "fault": {"kind": "error", "errno": "EROFS"}}]});
+    std::fs::write(&file, set.to_string()).unwrap();
+    let mounted = Mounted::with(&["--rules", file.to_str().unwrap()]);
+    assert_eq!(failures(&mounted, 2).len(), 2);
+    mounted.end();
+}
+
+#[test]
+fn changing_the_rules_disturbs_nobody_who_is_not_meant() {
+    let mounted = Mounted::new();
+    let file = File::create(mounted.path("f")).unwrap();
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| (0..20_000u64).for_each(|i| file.write_all_at(&i.to_le_bytes(), i * 8).unwrap()));
+        let mut changes = 0;
+        while !writer.is_finished() {
+            mounted.error_rule("none", "write", "/other", "EIO", None);
+            mounted.http("DELETE", "/v1/rules/none", None);
+            changes += 1;
+        }
+        writer.join().unwrap();
+        assert!(changes > 10, "{changes}");
+    });
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn modes_do_what_they_say() {
+    let mounted = Mounted::new();
+    std::fs::write(mounted.path("f"), "old").unwrap();
+    let write = || std::fs::write(mounted.path("f"), "new");
+    let read = || File::open(mounted.path("f")).and_then(|file| file.read_at(&mut [0; 3], 0));
+    let sync = || File::options().write(true).open(mounted.path("f")).unwrap().sync_all();
+    let create = || File::create(mounted.path("new")).map(drop);
+    // What works under each mode: write, read, sync, create.
+    for (mode, works) in [
+        ("error_writes", [false, true, false, true]),
+        ("error_reads", [true, false, true, true]),
+        ("error_all", [false, false, false, false]),
+        ("drop_writes", [true, true, true, true]),
+        ("allow_writes", [true, true, true, true]),
+    ] {
+        let _ = std::fs::remove_file(mounted.path("new"));
+        mounted.cli(&["mode", mode]);
+        assert_eq!([write().is_ok(), read().is_ok(), sync().is_ok(), create().is_ok()], works, "{mode}");
+        assert!(mounted.cli(&["mode"]).contains(mode));
+        mounted.cli(&["mode", "allow_writes"]);
+    }
+    mounted.end();
+}
