@@ -5,15 +5,15 @@
 //!
 //! # Layout
 //!
-//! - [`sys`]: Linux interfaces, one a file; the only place with `unsafe`.
-//! - [`fault`]: rules in, decision out. Pure.
-//! - [`event`]: the record of what happened, and the ring that holds it.
-//! - [`durability`]: what can be taken back.
-//! - [`space`]: capacity.
-//! - [`fs`]: the filesystem, the hot path.
-//! - [`control`]: the socket.
-//! - [`daemon`]: from options to a mount that serves, and to its end.
-//! - [`client`], [`cli`]: the command line, which talks to the socket and to nothing else.
+//! - [`sys`] — Linux interfaces, one a file; the only place with `unsafe`.
+//! - [`fault`] — rules in, decision out. Pure.
+//! - [`event`] — the record of what happened, and the ring that holds it.
+//! - [`durability`] — what can be taken back.
+//! - [`space`] — capacity.
+//! - [`fs`] — the filesystem, the hot path.
+//! - [`control`] — the socket.
+//! - [`daemon`] — from options to a mount that serves, and to its end.
+//! - [`client`], [`cli`] — the command line, which talks to the socket and to nothing else.
 //!
 //! Each part uses only those above it in this list (the command line starts the daemon and reads its state files; it
 //! shares no state with it). A test holds that.

@@ -17,7 +17,7 @@ pub struct Problem {
     hint: Option<String>,
     errors: Vec<Value>,
     /// What else belongs to it, by name.
-    more: Option<(&'static str, Value)>,
+    more: Option<Box<(&'static str, Value)>>,
 }
 
 impl Problem {
@@ -31,7 +31,7 @@ impl Problem {
     }
 
     pub fn with(mut self, name: &'static str, value: Value) -> Problem {
-        self.more = Some((name, value));
+        self.more = Some(Box::new((name, value)));
         self
     }
 
@@ -95,7 +95,7 @@ impl IntoResponse for Problem {
         if !self.errors.is_empty() {
             body["errors"] = self.errors.into();
         }
-        if let Some((name, value)) = self.more {
+        if let Some((name, value)) = self.more.map(|more| *more) {
             body[name] = value;
         }
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

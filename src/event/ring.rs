@@ -203,7 +203,11 @@ mod tests {
         let start = ring.cursor();
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| (0..1000).for_each(|n| drop(ring.inject(numbered(n)))));
+                scope.spawn(|| {
+                    for n in 0..1000 {
+                        ring.inject(numbered(n));
+                    }
+                });
             }
         });
         let read = (0..4000).filter(|n| matches!(ring.read(Cursor(start.0 + n)), Read::Event(_))).count();
@@ -215,7 +219,9 @@ mod tests {
         let ring = Ring::new(8);
         let calls = Arc::new(AtomicU64::new(0));
         let seen = calls.clone();
-        ring.set_waker(move || drop(seen.fetch_add(1, Relaxed)));
+        ring.set_waker(move || {
+            seen.fetch_add(1, Relaxed);
+        });
         let publish = |n| {
             ring.inject(numbered(n));
             ring.wake();

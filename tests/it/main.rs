@@ -6,6 +6,7 @@
 //! databases; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
 
 mod databases;
+mod docs;
 mod events;
 mod faults;
 mod houses;

@@ -111,7 +111,7 @@ fn a_parked_fsync_holds_writers_of_its_file_and_nothing_else() {
     let writer = is_held("a write to the same file", move || {
         OpenOptions::new().write(true).open(path).unwrap().write_all_at(b"x", 0)
     });
-    assert_eq!(mounted.cli(&["rule", "release", "hang"]).is_empty(), false);
+    assert!(!mounted.cli(&["rule", "release", "hang"]).is_empty(), "it says what it did");
     fsync.join().unwrap().unwrap();
     writer.recv_timeout(SOON).expect("the writer goes on").unwrap();
     mounted.end();
