@@ -48,7 +48,20 @@ impl Adapter {
     fn serve(&self, request: &Request, call: Call<'_>, reply: Reply) {
         let caller = Caller { unique: request.unique().0, uid: request.uid(), gid: request.gid(), tid: request.pid() };
         // The hook has logged it with its place. The dropped reply has answered EIO.
-        let _ = catch_unwind(AssertUnwindSafe(|| self.0.serve(caller, call, reply)));
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            panic_if_asked(&call);
+            self.0.serve(caller, call, reply);
+        }));
+    }
+}
+
+/// For the test that a panic costs one request and not the mount: in debug builds, looking up a name of this form fails
+/// in the worst way there is.
+fn panic_if_asked(call: &Call<'_>) {
+    if cfg!(debug_assertions)
+        && let Call::Lookup { name, .. } = call
+    {
+        assert!(&**name != ".nemesisfs-panic", "asked for");
     }
 }
 

@@ -18,7 +18,7 @@ use nix::fcntl::FallocateFlags;
 use super::inode::Inode;
 use super::serve::Core;
 use super::tree::stat;
-use crate::durability::{Evicted, undo};
+use crate::durability::{Evicted, Undo, undo};
 
 impl Core {
     /// Takes dropped writes back, of all files or of those that a glob matches: path and result of each.
@@ -37,7 +37,10 @@ impl Core {
     /// When the backing file cannot be written; then what is left stays in the log.
     pub fn evict(&self, inode: &Arc<Inode>) -> io::Result<Evicted> {
         self.forget_pages(inode.id);
-        let file = File::from(inode.open(libc::O_RDWR)?);
+        let file = match inode.open(libc::O_RDWR) {
+            Err(error) if error.raw_os_error() == Some(libc::ESTALE) => return Ok(self.abandon(inode)),
+            other => File::from(other?),
+        };
         let mut log = inode.undo.lock();
         let evicted = log.evict(&mut Backing { write: file.as_fd(), read: &file })?;
         inode.undoable.store(!log.is_empty(), Release);
@@ -55,6 +58,14 @@ impl Core {
             // Fails once the mount is gone, and then there is no page left.
             let _ = notifier.inval_inode(fuser::INodeNo(id), 0, 0);
         }
+    }
+
+    /// The file is gone, and with it what there was to take back.
+    fn abandon(&self, inode: &Inode) -> Evicted {
+        *inode.undo.lock() = Undo::default();
+        inode.undoable.store(false, Release);
+        self.tree.settle(inode.id);
+        Evicted::default()
     }
 }
 

@@ -51,6 +51,8 @@ pub struct Inode {
     pub opens: AtomicU32,
     /// Writes that can be taken back.
     pub undo: Mutex<Undo>,
+    /// Is its last name gone? Then nothing needs to be taken back once nobody has it open.
+    pub unlinked: AtomicBool,
     /// Is there anything in `undo`? Read on the hot path instead of its lock.
     pub undoable: AtomicBool,
     /// Blocks as `space` last counted them.
@@ -114,7 +116,8 @@ impl Inode {
             lookups: AtomicU64::new(0),
             opens: AtomicU32::new(0),
             undo: Mutex::default(),
-            undoable: false.into(),
+            unlinked: AtomicBool::new(false),
+            undoable: AtomicBool::new(false),
             usage: Usage::default(),
             written: AtomicBool::new(false),
             stamp: Mutex::default(),

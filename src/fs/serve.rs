@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicU32, Ordering::*};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -43,8 +43,6 @@ pub struct Core {
     pub block: u64,
     /// Can the backing filesystem tell its preallocated blocks?
     pub remembers_preallocation: bool,
-    /// Requests seen, for `health`.
-    pub requests: AtomicU64,
 }
 
 /// What the readers make of an operation: an answer, or an errno.
@@ -72,7 +70,6 @@ impl Core {
             notifier: OnceLock::new(),
             block: (statvfs.fragment_size()).clamp(512, 1 << 20),
             remembers_preallocation: fiemap.is_err(),
-            requests: AtomicU64::new(0),
         })
     }
 

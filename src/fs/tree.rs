@@ -161,7 +161,8 @@ impl Tree {
     }
 
     fn drop_if_unused(&self, table: &mut Table, id: u64) {
-        let unused = |inode: &Arc<Inode>| inode.lookups.load(Relaxed) == 0 && !inode.undoable.load(Acquire);
+        let wanted = |inode: &Inode| inode.undoable.load(Acquire) && !inode.unlinked.load(Acquire);
+        let unused = |inode: &Arc<Inode>| inode.lookups.load(Relaxed) == 0 && !wanted(inode);
         if id == ROOT || !table.by_id.get(&id).is_some_and(unused) {
             return;
         }

@@ -304,6 +304,24 @@ fn a_dropped_write_is_gone_after_unmounting_and_a_kept_one_is_not() {
 }
 
 #[test]
+fn dropped_writes_to_a_file_that_is_gone_are_forgotten_with_it() {
+    let mounted = Mounted::new();
+    prepared(&mounted, "f", 10_000);
+    prepared(&mounted, "g", 10_000);
+    mounted.cli(&["mode", "drop_writes"]);
+    for name in ["f", "g"] {
+        std::fs::write(mounted.path(name), [9; 20_000]).unwrap();
+        std::fs::remove_file(mounted.path(name)).unwrap();
+    }
+    std::fs::write(mounted.path("g"), b"another file").unwrap();
+    let evicted = mounted.http("POST", "/v1/evict", Some(&json!({})));
+    assert_eq!(evicted.status, 200, "{evicted:?}");
+    assert_eq!(std::fs::metadata(mounted.path("g")).unwrap().len(), 0, "made, and its write lost");
+    assert!(!mounted.path("f").exists());
+    mounted.end();
+}
+
+#[test]
 fn a_latency_is_added_to_what_it_matches_and_to_nothing_else() {
     let mounted = Mounted::new();
     prepared(&mounted, "slow", 10);

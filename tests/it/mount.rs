@@ -252,6 +252,19 @@ fn a_stopped_daemon_is_forced() {
 }
 
 #[test]
+fn a_handler_that_panics_answers_eio_and_serving_goes_on() {
+    let mounted = Mounted::new();
+    for _ in 0..10 {
+        let error = std::fs::metadata(mounted.path(".nemesisfs-panic")).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    }
+    std::fs::write(mounted.path("a"), "it goes on").unwrap();
+    let log = mounted.log_text();
+    assert_eq!(log.matches("panic: ").count(), 10, "{log}");
+    assert_eq!(mounted.try_cli(&["umount", "--instance", "t"]).code, 0);
+}
+
+#[test]
 fn new_files_belong_to_their_makers() {
     let mounted = Mounted::new();
     // uid and gid of nobody, umask 027, in a directory with a sticky and an sgid bit.

@@ -130,20 +130,19 @@ impl Core {
     /// account.
     fn before_losing(&self, parent: &Inode, dir: impl AsFd, name: &OsStr) -> Going {
         let inode = self.tree.peek(parent, name);
-        let last = |links| links == 1;
         let stat = stat_at(dir, name).ok();
-        let blocks = stat.filter(|stat| last(stat.st_nlink) || stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
-        if let Some(inode) = &inode
-            && stat.is_some_and(|stat| last(stat.st_nlink))
-        {
+        let is_dir = stat.is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
+        let last = is_dir || stat.is_some_and(|stat| stat.st_nlink == 1);
+        if let Some(inode) = inode.as_ref().filter(|_| last) {
             inode.hold();
         }
-        Going { inode, blocks: blocks.map_or(0, |stat| stat.st_blocks as u64) }
+        Going { inode, last, blocks: stat.filter(|_| last).map_or(0, |stat| stat.st_blocks as u64) }
     }
 
     fn after_losing(&self, going: Going, parent: u64, name: &OsStr) {
         if let Some(inode) = &going.inode {
             inode.lost(parent, name);
+            inode.unlinked.fetch_or(going.last, AcqRel);
         }
         // The blocks of an open file are free at its last close.
         let open = going.inode.as_ref().is_some_and(|inode| inode.opens.load(Acquire) > 0);
@@ -249,6 +248,9 @@ impl Core {
 /// A file whose name is about to go.
 struct Going {
     inode: Option<Arc<Inode>>,
+    /// Is it the file's last name?
+    last: bool,
+    /// Then: the blocks that come free with it.
     blocks: u64,
 }
 
