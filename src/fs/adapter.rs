@@ -50,7 +50,7 @@ impl Adapter {
         // The hook has logged it with its place. The dropped reply has answered EIO.
         let _ = catch_unwind(AssertUnwindSafe(|| {
             panic_if_asked(&call);
-            self.0.serve(caller, call, reply);
+            self.0.readers.busy(|| self.0.serve(caller, call, reply));
         }));
     }
 }

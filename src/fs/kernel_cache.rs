@@ -8,6 +8,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::*};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
 use fuser::INodeNo;
@@ -15,6 +16,9 @@ use fuser::INodeNo;
 use super::inode::Inode;
 use super::serve::Core;
 use crate::fault::{Op, Rule};
+
+/// How long requests that began before a change may take to be through.
+const UNDER_WAY: Duration = Duration::from_secs(1);
 
 /// Cleaning under way.
 #[derive(Debug)]
@@ -52,10 +56,14 @@ fn wants_names(rule: &Rule) -> bool {
     rule.ops.has(Op::Lookup)
 }
 
-/// Starts a helper that goes through all known files that the rules are about, and calls `finished` at the end.
+/// Starts a helper that waits for the requests under way, goes through all known files that the rules are about, and
+/// calls `finished` at the end.
 pub fn clean(core: &Arc<Core>, rules: Vec<Arc<Rule>>, finished: impl FnOnce() + Send + 'static) -> Cleaning {
     let (sender, done) = bounded::<()>(0);
     let left = Arc::new(AtomicUsize::new(0));
+    if !core.readers.wait(UNDER_WAY) {
+        tracing::warn!("a request of before the change is still under way: what it brings may be kept by the kernel");
+    }
     let mut files: Vec<_> = core.tree.all().into_iter().filter(|inode| is_meant(inode, &rules)).collect();
     // Files that a parked request holds come last, so that they keep no other from being done.
     files.sort_by_cached_key(|inode| is_held(core, inode.id));

@@ -18,6 +18,7 @@ pub mod mount;
 mod ops;
 pub mod park;
 pub mod process;
+pub mod readers;
 pub mod serve;
 pub mod tree;
 pub mod usage;

@@ -18,6 +18,7 @@ use super::hold::{Holds, Piece};
 use super::inode::Inode;
 use super::park::{Parked, Parking, Pending};
 use super::process;
+use super::readers::Readers;
 use super::tree::Tree;
 use super::workers::Workers;
 use crate::event::{Injection, Ring};
@@ -37,6 +38,7 @@ pub struct Core {
     pub holds: Holds,
     pub capacity: Capacity,
     pub workers: Workers,
+    pub readers: Readers,
     /// Says to the kernel what it must no longer believe. Set once the session runs; never used by a reader.
     pub notifier: OnceLock<fuser::Notifier>,
     /// The unit of allocation of the backing filesystem, in bytes.
@@ -67,6 +69,7 @@ impl Core {
             holds: Holds::default(),
             capacity: Capacity::default(),
             workers: Workers::default(),
+            readers: Readers::default(),
             notifier: OnceLock::new(),
             block: (statvfs.fragment_size()).clamp(512, 1 << 20),
             remembers_preallocation: fiemap.is_err(),

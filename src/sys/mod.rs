@@ -10,6 +10,7 @@ pub mod fiemap;
 pub mod handle;
 pub mod ids;
 pub mod ioctl;
+pub mod membarrier;
 pub mod mounts;
 pub mod xattr;
 
