@@ -80,8 +80,13 @@ pub fn is_held(file: &Path) -> bool {
 }
 
 impl Instance {
-    /// Whether this daemon has ended since it was found: its file is gone, free, or another daemon's.
+    /// Whether this daemon has ended since it was found: its file is gone, free, or another daemon's, and its process
+    /// is no more. Until then it holds the backing directory open.
     pub fn has_ended(&self) -> bool {
+        self.has_let_go() && !is_running(self.state.pid)
+    }
+
+    fn has_let_go(&self) -> bool {
         match read(&self.file) {
             Some(now) => !now.alive || now.state.pid != self.state.pid,
             None => !is_held(&self.file),
@@ -104,6 +109,12 @@ impl Instance {
             let _ = fs::remove_file(&self.file);
         }
     }
+}
+
+/// Whether there is such a process. One that nobody has waited for yet is not running.
+fn is_running(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// The absolute form of a path, found without looking at what it names: it may be a dead mount, and every look would
@@ -145,7 +156,8 @@ mod tests {
     fn write_state(dir: &Path, name: &str) -> PathBuf {
         let state = State {
             instance: name.into(),
-            pid: 1,
+            // No process has this number.
+            pid: i32::MAX,
             mountpoint: format!("/mnt/{name}").into(),
             backing: "/b".into(),
             socket: dir.join(format!("{name}.sock")),

@@ -29,6 +29,8 @@ pub struct Tree {
     pub root: Arc<Inode>,
     /// The backing directory, opened before anything was mounted over it.
     mount: Arc<File>,
+    /// Can files be opened by handle? Not without privilege, nor on every filesystem.
+    handles: bool,
     table: RwLock<Table>,
     next_substitute: AtomicU64,
     /// How many more directories may keep a descriptor.
@@ -52,12 +54,14 @@ impl Tree {
         let held = nix::fcntl::openat(&backing, ".", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
         let stat = nix::sys::stat::fstat(&held)?;
         let mount = Arc::new(backing);
-        let identity = identify(&held, &stat, stat.st_dev);
+        let handles = handle::of(&held).and_then(|handle| handle::open(mount.as_fd(), &handle, libc::O_PATH)).is_ok();
+        let identity = identify(&held, &stat, handles.then_some(stat.st_dev));
         let root = Arc::new(Inode::new(ROOT, identity.clone(), libc::S_IFDIR, mount.clone(), Some(held)));
         root.lookups.store(1, Relaxed);
         let tree = Tree {
             root: root.clone(),
             mount,
+            handles,
             table: RwLock::default(),
             next_substitute: AtomicU64::new(SUBSTITUTES),
             budget: AtomicI64::new((descriptors / 4) as i64),
@@ -114,7 +118,7 @@ impl Tree {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = nix::fcntl::openat(parent.path_fd()?, name, flags, Mode::empty())?;
         let stat = nix::sys::stat::fstat(&fd)?;
-        let identity = identify(&fd, &stat, self.root.identity.dev);
+        let identity = identify(&fd, &stat, self.handles.then_some(self.root.identity.dev));
         Ok((fd, identity, stat))
     }
 
@@ -180,9 +184,9 @@ impl Tree {
     }
 }
 
-/// Handles are used on the backing directory's own filesystem only: opening one needs a descriptor on that.
-fn identify(fd: impl AsFd, stat: &FileStat, home: u64) -> Identity {
-    let handle = if stat.st_dev == home { handle::of(fd).ok() } else { None };
+/// Handles are used on the backing directory's own filesystem (`home`) only: opening one needs a descriptor on that.
+fn identify(fd: impl AsFd, stat: &FileStat, home: Option<u64>) -> Identity {
+    let handle = if home == Some(stat.st_dev) { handle::of(fd).ok() } else { None };
     Identity { dev: stat.st_dev, ino: stat.st_ino, handle }
 }
 

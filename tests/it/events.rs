@@ -85,6 +85,7 @@ fn filters_pass_only_what_was_asked_for() {
 fn a_client_that_resumes_misses_nothing() {
     let mounted = armed();
     let mut stream = mounted.stream("?rule=eio", "");
+    next_event(&mut stream, "hello");
     inject(&mounted, 3);
     let first = next_event(&mut stream, "injection").0.unwrap();
     drop(stream);

@@ -142,7 +142,7 @@ fn a_busy_mount_is_not_ended_and_its_holders_are_named() {
     let mounted = Mounted::new();
     let open = File::create(mounted.path("f")).unwrap();
     let said = mounted.try_cli(&["umount", "--instance", "t"]);
-    assert_eq!(said.code, 1);
+    assert_eq!(said.code, 1, "{said:?}");
     assert!(said.err.contains(&std::process::id().to_string()), "{said:?}");
     std::fs::write(mounted.path("g"), "it goes on").unwrap();
     // And it parks again, after the failed attempt had let everything go.
@@ -249,6 +249,36 @@ fn a_stopped_daemon_is_forced() {
     let said = said.expect("it comes back");
     assert!(!is_mounted(&mountpoint), "{said:?}");
     signal(&mounted, Signal::SIGKILL);
+}
+
+/// A user who may mount, but has none of root's other powers: no handles, no identities but their own.
+#[test]
+fn another_user_than_root_can_mount_for_themselves() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    for name in ["backing", "mnt", "run", "."] {
+        std::fs::create_dir_all(path(name)).unwrap();
+        std::os::unix::fs::chown(path(name), Some(65534), Some(65534)).unwrap();
+    }
+    let own = path("nemesisfs");
+    std::fs::copy(PROGRAM, &own).unwrap();
+    let script = format!(
+        "{own} mount {backing} {mnt} && echo hi > {mnt}/a && mkdir {mnt}/d && mv {mnt}/a {mnt}/d/b && cat {mnt}/d/b && \
+         {own} rule add x --kind error --errno EIO --op write --times 1 && ! echo no > {mnt}/d/b && ls -l {mnt}/d && \
+         {own} umount {mnt}",
+        backing = path("backing"),
+        mnt = path("mnt"),
+    );
+    let said: Said = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .args(["--inh-caps=+sys_admin,+dac_override", "--ambient-caps=+sys_admin,+dac_override", "sh", "-ec", &script])
+        .env("NEMESISFS_RUNDIR", path("run"))
+        .output()
+        .unwrap()
+        .into();
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.out.contains("hi\n") && said.out.contains("nobody"), "{said:?}");
+    assert!(std::fs::read_to_string(path("run/mnt.log")).unwrap().contains("without root"));
 }
 
 #[test]

@@ -283,7 +283,10 @@ pub fn within<T: Send + 'static>(limit: Duration, act: impl FnOnce() -> T + Send
 /// The next server-sent event with a name: its id and data.
 pub fn next_event(stream: &mut impl BufRead, name: &str) -> (Option<String>, Value) {
     let (mut event, mut id, mut data) = (String::new(), None, Value::Null);
+    let until = Instant::now() + Duration::from_secs(40);
     loop {
+        // Comments keep the connection alive for ever.
+        assert!(Instant::now() < until, "no event {name}");
         let mut line = String::new();
         let read = stream.read_line(&mut line).expect("the stream goes on");
         assert_ne!(read, 0, "the stream ended before {name}");
