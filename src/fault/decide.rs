@@ -184,3 +184,125 @@ impl Rule {
         (hasher.finish() >> 11) as f64 / (1u64 << 53) as f64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::compile::Defaults;
+    use crate::fault::{RuleSpec, compile};
+    use std::time::SystemTime;
+
+    /// A write of user 0 to a file of some path.
+    struct Write(&'static str);
+
+    impl Facts for Write {
+        fn op(&self) -> Op {
+            Op::Write
+        }
+        fn uid(&self) -> u32 {
+            0
+        }
+        fn is_process(&self, pid: u32) -> bool {
+            pid == 1
+        }
+        fn range(&self) -> Option<(u64, u64)> {
+            Some((4096, 100))
+        }
+        fn truncates(&self) -> bool {
+            false
+        }
+        fn grows(&self) -> bool {
+            false
+        }
+        fn path_bits(&self, plan: &Plan) -> Option<Arc<[u64]>> {
+            Some(plan.path_bits([self.0.as_bytes()].into_iter()).into())
+        }
+        fn path_matches(&self, rule: &Rule) -> bool {
+            rule.path_matches([self.0.as_bytes()].into_iter())
+        }
+        fn now_ns(&self) -> u64 {
+            1000
+        }
+    }
+
+    fn rule(json: &str) -> Arc<Rule> {
+        let spec: RuleSpec = serde_json::from_str(json).unwrap();
+        let defaults = Defaults { seed: 7, now_ns: 0, created: SystemTime::UNIX_EPOCH };
+        Arc::new(compile(spec, defaults).unwrap())
+    }
+
+    fn error(name: &str, rest: &str) -> Arc<Rule> {
+        rule(&format!(r#"{{"name":"{name}","fault":{{"kind":"error","errno":"EIO"}}{rest}}}"#))
+    }
+
+    #[test]
+    fn of_many_rules_the_one_that_matches_is_found() {
+        let mut rules: Vec<_> = (0..1000).map(|i| error(&format!("r{i}"), r#","match":{"path":"/no/*"}"#)).collect();
+        rules.insert(700, error("yes", r#","match":{"path":"/yes/*"}"#));
+        let plan = Plan::new(1, rules);
+        match decide(&plan, &Write("/yes/a")).outcome {
+            Outcome::Error(libc::EIO, firing) => assert_eq!((&*firing.rule.name, firing.nth), ("yes", 1)),
+            other => panic!("{other:?}"),
+        }
+        assert!(decide(&plan, &Write("/other")).is_nothing());
+    }
+
+    #[test]
+    fn each_condition_is_asked() {
+        for (rest, fires) in [
+            ("", true),
+            (r#","match":{"uid":0,"pid":1,"offset":"4KiB..8KiB","ops":["data"]}"#, true),
+            (r#","match":{"uid":1}"#, false),
+            (r#","match":{"pid":2}"#, false),
+            (r#","match":{"offset":"..4KiB"}"#, false),
+            (r#","match":{"ops":["grow"]}"#, false),
+            (r#","match":{"ops":["read"]}"#, false),
+            (r#","match":{"path":"/*"}"#, false),
+            (r#","match":{"path":"/**"}"#, true),
+            (r#","enabled":false"#, false),
+            (r#","trigger":{"for":"1us"}"#, false),
+            (r#","trigger":{"for":"2us"}"#, true),
+        ] {
+            let plan = Plan::new(1, vec![error("r", rest)]);
+            assert_eq!(!decide(&plan, &Write("/a/b")).is_nothing(), fires, "{rest}");
+        }
+    }
+
+    #[test]
+    fn delays_add_up_and_stalls_and_errors_end_it() {
+        let latency = |name| rule(&format!(r#"{{"name":"{name}","fault":{{"kind":"latency","delay":"5ms"}}}}"#));
+        let stall = |then| rule(&format!(r#"{{"name":"s","fault":{{"kind":"stall","then":"{then}"}}}}"#));
+        let last = error("last", "");
+        let plan = Plan::new(1, vec![latency("a"), latency("b"), stall("ok"), last.clone()]);
+        let decision = decide(&plan, &Write("/"));
+        assert_eq!(decision.delay_ns(), 10_000_000);
+        assert!(decision.stall.is_some() && matches!(decision.outcome, Outcome::Error(..)));
+        let plan = Plan::new(2, vec![stall("error"), last.clone()]);
+        let decision = decide(&plan, &Write("/"));
+        assert!(matches!(decision.stall, Some((Then::Error(libc::EIO), _))));
+        assert!(matches!(decision.outcome, Outcome::Proceed));
+        assert_eq!(last.counters.matches.load(Relaxed), 1, "what comes after a decision does not count");
+    }
+
+    /// A run can be repeated years later: these numbers must never change.
+    #[test]
+    fn the_draws_of_a_seed_are_for_ever() {
+        let half = error("half", r#","trigger":{"probability":0.5,"seed":42}"#);
+        let fired: Vec<u64> = (1..=20).filter(|n| half.fire(*n).is_some()).collect();
+        assert_eq!(fired, GOLDEN);
+    }
+
+    const GOLDEN: &[u64] = &[2, 4, 7, 10, 11, 13, 14, 15, 16, 17, 18, 19];
+
+    #[test]
+    fn many_threads_never_fire_more_often_than_allowed() {
+        let plan = Plan::new(1, vec![error("r", r#","trigger":{"skip":100,"every":3,"times":50}"#)]);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..1000).for_each(|_| drop(decide(&plan, &Write("/")))));
+            }
+        });
+        let counters = &plan.rules[0].counters;
+        assert_eq!((counters.matches.load(Relaxed), counters.injections.load(Relaxed)), (4000, 50));
+    }
+}
