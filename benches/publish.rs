@@ -23,8 +23,8 @@ struct Listener {
 impl Listener {
     fn start(ring: &Arc<Ring>, cursors: usize) -> Listener {
         let stop = Arc::new(AtomicBool::new(false));
-        let (its_ring, its_stop) = (ring.clone(), stop.clone());
-        let thread = std::thread::spawn(move || listen(&its_ring, cursors, &its_stop));
+        let (its_ring, its_stop, places) = (ring.clone(), stop.clone(), vec![ring.cursor(); cursors]);
+        let thread = std::thread::spawn(move || listen(&its_ring, places, &its_stop));
         let waiting = thread.thread().clone();
         ring.set_waker(move || waiting.unpark());
         Listener { stop, thread }
@@ -38,15 +38,18 @@ impl Listener {
     }
 }
 
-fn listen(ring: &Ring, cursors: usize, stop: &AtomicBool) -> u64 {
-    let mut places = vec![ring.cursor(); cursors];
+fn listen(ring: &Ring, mut places: Vec<Cursor>, stop: &AtomicBool) -> u64 {
     let mut seen = 0;
-    while !stop.load(Acquire) {
+    loop {
+        // After the stop it looks once more, so that what was published is read however little it was.
+        let last = stop.load(Acquire);
         ring.listen();
         seen += places.iter_mut().map(|place| read_on(ring, place)).sum::<u64>();
+        if last {
+            return seen;
+        }
         std::thread::park_timeout(Duration::from_millis(10));
     }
-    seen
 }
 
 /// Reads what is there, but at most a turn's worth, so that one cursor does not starve the others.
