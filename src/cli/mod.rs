@@ -20,6 +20,7 @@ mod space;
 mod table;
 mod umount;
 
+use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 use std::process::ExitCode;
@@ -81,7 +82,14 @@ enum Verb {
 
 /// The program.
 pub fn main() -> ExitCode {
-    let mut cli = match Cli::try_parse() {
+    main_from(std::env::args_os())
+}
+
+/// The program with other arguments than its own, the first of which is its name: for a program that has this one in
+/// it, as the demo does. `mount` without `--foreground` starts the running program again with `mount` as its first
+/// argument, which must end up here too.
+pub fn main_from(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let mut cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
