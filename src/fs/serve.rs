@@ -4,12 +4,14 @@
 //! [`Core::perform`] and the reply. A request that a rule delays or stalls is parked; one that waits for a disk (fsync) is done
 //! by a worker. No lock is held across a system call here, and nothing is allocated unless a rule fires.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering::*};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+
+use smallvec::SmallVec;
 
 use super::arming::Arming;
 use super::call::{Answer, Call, Caller, Keep, Reply};
@@ -304,7 +306,7 @@ pub struct Told {
 /// How a request is made to wait.
 struct Wait {
     stalled: bool,
-    rules: smallvec::SmallVec<[Arc<Rule>; 1]>,
+    rules: SmallVec<[Arc<Rule>; 1]>,
     until: Option<u64>,
 }
 
@@ -337,12 +339,13 @@ struct Request<'a> {
     core: &'a Core,
     caller: &'a Caller,
     call: &'a Call<'a>,
-    inode: std::cell::OnceCell<Option<Arc<Inode>>>,
+    inode: OnceCell<Option<Arc<Inode>>>,
+    names: OnceCell<SmallVec<[Vec<u8>; 2]>>,
 }
 
 impl<'a> Request<'a> {
     fn new(core: &'a Core, caller: &'a Caller, call: &'a Call<'a>) -> Request<'a> {
-        Request { core, caller, call, inode: std::cell::OnceCell::new() }
+        Request { core, caller, call, inode: OnceCell::new(), names: OnceCell::new() }
     }
 
     fn inode(&self) -> Option<&Arc<Inode>> {
@@ -358,7 +361,11 @@ impl<'a> Request<'a> {
     }
 
     /// Paths by name, where the operation works on names; link's own file comes with its paths too.
-    fn name_paths(&self) -> impl Iterator<Item = Vec<u8>> + Clone + use<'_> {
+    fn name_paths(&self) -> &[Vec<u8>] {
+        self.names.get_or_init(|| self.find_name_paths().collect())
+    }
+
+    fn find_name_paths(&self) -> impl Iterator<Item = Vec<u8>> {
         let named =
             self.call.names().filter_map(|(parent, name)| Some(self.core.tree.get(parent).ok()?.child_path(name)));
         let linked = matches!(self.call, Call::Link { .. }).then(|| self.inode()).flatten();
@@ -367,8 +374,8 @@ impl<'a> Request<'a> {
 
     /// The path for the event.
     fn path(&self) -> Option<Arc<[u8]>> {
-        match self.name_paths().next() {
-            Some(path) => Some(path.into()),
+        match self.name_paths().first() {
+            Some(path) => Some(path.as_slice().into()),
             None => self.inode().map(|inode| inode.path(self.core.tree.version())),
         }
     }
@@ -410,11 +417,7 @@ impl Facts for Request<'_> {
     }
 
     fn path_matches(&self, rule: &Rule) -> bool {
-        if rule.path.is_none() {
-            return true;
-        }
-        let paths: smallvec::SmallVec<[Vec<u8>; 2]> = self.name_paths().collect();
-        rule.path_matches(paths.iter().map(Vec::as_slice))
+        rule.path.is_none() || rule.path_matches(self.name_paths().iter().map(Vec::as_slice))
     }
 
     fn now_ns(&self) -> u64 {
