@@ -2,7 +2,8 @@
 //!
 //! Owned by the inode, under the inode's lock, which is held while old bytes are saved and overwritten: the one place
 //! where a lock spans a system call, because nobody may write those bytes in between. Old bytes are kept only below
-//! the size to which the file will return; beyond it there is nothing to keep.
+//! the size to which the file will return; beyond it there is nothing to keep. A lost write loses its data and not the
+//! file's new size, as on a disk whose metadata was written and whose data was not: what it had appended is zeros.
 
 use std::io;
 use std::ops::Range;
@@ -22,7 +23,7 @@ pub struct Undo {
     old: std::collections::BTreeMap<u64, Vec<u8>>,
     /// Everything that was dropped over: `old` and what returns to zeros.
     dropped: Ranges,
-    /// The size to return to, once something was dropped that could change it.
+    /// The size to return to, once something was dropped.
     size: Option<u64>,
     /// Dropped requests, for the report.
     pub writes: u64,
@@ -66,6 +67,11 @@ impl Undo {
         self.size = Some(returns_to);
         self.dropped.add(range);
         Ok(())
+    }
+
+    /// To be called after a write that was lost: how far it had made the file grow, stays.
+    pub fn after_drop(&mut self, end: u64) {
+        self.size = self.size.map(|size| size.max(end));
     }
 
     /// To be called after a write that is to stay: it is no longer covered by anything dropped before, and the file
@@ -226,12 +232,20 @@ mod tests {
             for step in 0..random(12) {
                 let (offset, data) = (random(60), vec![100 + step as u8; 1 + random(20) as usize]);
                 let range = offset..offset + data.len() as u64;
-                match random(3) {
+                match random(4) {
                     0 => {
+                        let end = range.end;
                         undo.before_drop(range, &mut seen).unwrap();
                         seen.write(offset, &data).unwrap();
+                        undo.after_drop(end);
+                        kept.0.resize(kept.0.len().max(end as usize), 0);
                     }
                     1 => {
+                        let (old, size) = (seen.0.len() as u64, random(60));
+                        undo.before_drop(size.min(old)..size.max(old), &mut seen).unwrap();
+                        seen.truncate(size).unwrap();
+                    }
+                    2 => {
                         seen.write(offset, &data).unwrap();
                         kept.write(offset, &data).unwrap();
                         undo.after_kept(range);

@@ -153,7 +153,7 @@ impl Core {
                         change.lose(range.clone())?;
                     }
                     let written = write_at(&file.file, &data[..length as usize], *offset)?;
-                    change.kept(drop, range.start..range.start + written as u64);
+                    change.wrote(drop, range.start..range.start + written as u64);
                     Ok(written)
                 })?
             }
@@ -192,7 +192,7 @@ impl Core {
             let (mut at, mut to_at) = (*offset as i64, range.start as i64);
             let copied =
                 nix::fcntl::copy_file_range(&from.file, Some(&mut at), &to.file, Some(&mut to_at), length as usize)?;
-            change.kept(drop, range.start..range.start + copied as u64);
+            change.wrote(drop, range.start..range.start + copied as u64);
             Ok(copied)
         })?;
         if caller.uid != 0 {
@@ -225,7 +225,7 @@ impl Core {
             }
             nix::fcntl::fallocate(&file.file, flags, *offset as i64, *length as i64)?;
             if !touched.is_empty() {
-                change.kept(drop, touched);
+                change.wrote(drop, touched);
             }
             if self.remembers_preallocation {
                 file.inode.usage.note_preallocated(allocates, range.clone());
@@ -357,10 +357,13 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// Notes what was written, if it is to stay.
-    fn kept(&mut self, drop: bool, range: Range<u64>) {
-        if let Some(undo) = self.undo.as_mut().filter(|_| !drop) {
-            undo.after_kept(range);
+    /// Notes what was written: to stay, or to be lost.
+    fn wrote(&mut self, drop: bool, range: Range<u64>) {
+        if let Some(undo) = self.undo.as_mut() {
+            match drop {
+                true => undo.after_drop(range.end),
+                false => undo.after_kept(range),
+            }
         }
     }
 
