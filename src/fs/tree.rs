@@ -138,6 +138,8 @@ impl Tree {
         let held = self.keeps_fd(&identity, kind).then_some(fd);
         let inode = Arc::new(Inode::new(id, identity.clone(), kind, self.mount.clone(), held));
         inode.lookups.store(1, Relaxed);
+        // The kernel has nothing of a file that it is only now told of: all it will have is from here on.
+        inode.stamp(stat);
         table.by_identity.insert(identity, id);
         table.by_id.insert(id, inode.clone());
         inode
