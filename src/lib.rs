@@ -38,7 +38,7 @@
 //! # The life of one write
 //!
 //! [`fs::adapter`] names it as a [`fs::call::Call`] and hands it to [`fs::Core::serve`]. No rule armed for writes: one
-//! atomic load, and on to `perform`, to `pwrite`, to the reply. Else [`fault::decide`] asks the rules: an error is
+//! atomic load, and on to `perform`, to `pwrite`, to the reply. Else [`fault::decide()`] asks the rules: an error is
 //! told at once; a delay or stall parks the request ([`fs::park`]), and the clock or a client lets it go on, on a
 //! worker; a drop is written with its undo log. Each firing is in the ring ([`event::Ring`]) before the reply, and the
 //! control thread is woken after it.

@@ -4,12 +4,14 @@
 //! that a change of one rule loses no count of another. No locks.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::ops::Range;
-use std::sync::Arc;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
-use globset::GlobMatcher;
+use globset::{GlobMatcher, GlobSet, GlobSetBuilder};
 
 use super::kind::Fault;
 use super::op::{Op, OpSet};
@@ -103,7 +105,12 @@ pub struct Plan {
     pub rules: Vec<Arc<Rule>>,
     /// For each operation, a bit for each rule that could concern it.
     by_op: Vec<Box<[u64]>>,
+    /// The path conditions of many rules as one automaton, with the rule of each; built when a path is first asked for.
+    globs: OnceLock<Option<(GlobSet, Vec<usize>)>>,
 }
+
+/// With more rules than this, their paths are matched together.
+const MANY: usize = 16;
 
 impl Plan {
     /// A plan of the rules that can still act: disabled ones are kept out, expired and exhausted ones decide for
@@ -111,7 +118,7 @@ impl Plan {
     pub fn new(id: u64, rules: Vec<Arc<Rule>>) -> Plan {
         let words = rules.len().div_ceil(64);
         let by_op = Op::ALL.iter().map(|op| bits(words, &rules, |rule| acts_on(rule, *op))).collect();
-        Plan { id, rules, by_op }
+        Plan { id, rules, by_op, globs: OnceLock::new() }
     }
 
     /// The bits of the rules that could concern an operation.
@@ -130,17 +137,44 @@ impl Plan {
 
     /// The bits of the rules whose path condition holds for any of these paths; a rule without one always holds.
     pub fn path_bits<'a>(&self, paths: impl Iterator<Item = &'a [u8]> + Clone) -> Box<[u64]> {
-        bits(self.rules.len().div_ceil(64), &self.rules, |rule| rule.path_matches(paths.clone()))
+        let words = self.rules.len().div_ceil(64);
+        let together = self.is_large().then(|| self.globs.get_or_init(|| self.all_globs()).as_ref()).flatten();
+        let Some((set, rules)) = together else {
+            return bits(words, &self.rules, |rule| rule.path_matches(paths.clone()));
+        };
+        let mut bits = bits(words, &self.rules, |rule| rule.path.is_none());
+        let mut found = Vec::new();
+        for path in paths {
+            set.matches_into(OsStr::from_bytes(path), &mut found);
+            found.iter().map(|glob| rules[*glob]).for_each(|rule| bits[rule / 64] |= 1 << (rule % 64));
+        }
+        bits
+    }
+
+    /// Are the rules so many that asking them one after the other would be slow?
+    pub fn is_large(&self) -> bool {
+        self.rules.len() > MANY
+    }
+
+    /// None when the automaton would be too large: then they are asked one after the other after all.
+    fn all_globs(&self) -> Option<(GlobSet, Vec<usize>)> {
+        let with_path = self.rules.iter().enumerate().filter_map(|(i, rule)| Some((i, rule.path.as_ref()?)));
+        let mut builder = GlobSetBuilder::new();
+        let mut rules = Vec::new();
+        for (i, path) in with_path {
+            builder.add(path.glob().clone());
+            rules.push(i);
+        }
+        Some((builder.build().ok()?, rules))
     }
 }
 
 impl Rule {
     /// Does the path condition hold for any of these?
     pub fn path_matches<'a>(&self, mut paths: impl Iterator<Item = &'a [u8]>) -> bool {
-        use std::os::unix::ffi::OsStrExt;
         match &self.path {
             None => true,
-            Some(glob) => paths.any(|path| glob.is_match(std::ffi::OsStr::from_bytes(path))),
+            Some(glob) => paths.any(|path| glob.is_match(OsStr::from_bytes(path))),
         }
     }
 }

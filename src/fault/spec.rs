@@ -1,7 +1,7 @@
 //! The syntax of a rule: what clients send, as they send it.
 //!
 //! Pure data: any thread, no locks. Fields of the contract that this version does not build yet are declared here as
-//! [`NotYet`], so that they are told apart from misspelt ones; [`super::compile`] refuses them by name.
+//! [`NotYet`], so that they are told apart from misspelt ones; [`super::compile()`] refuses them by name.
 
 use std::collections::BTreeMap;
 

@@ -99,6 +99,10 @@ impl Parking {
         self.closed.store(false, Release);
     }
 
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Acquire)
+    }
+
     pub fn len(&self) -> usize {
         self.count.load(Acquire)
     }

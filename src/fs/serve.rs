@@ -150,7 +150,10 @@ impl Core {
         };
         self.ring.wake();
         if let Err(parked) = self.parking.park(parked) {
-            tracing::warn!(limit = super::park::MOST, "no more requests can be parked: one goes on at once");
+            // At the end of a mount nothing is parked any more, and that is no news.
+            if !self.parking.is_closed() {
+                tracing::warn!(limit = super::park::MOST, "no more requests can be parked: one goes on at once");
+            }
             self.go_on(*parked, Ended::Removed);
         }
     }
@@ -411,7 +414,8 @@ impl Facts for Request<'_> {
 
     fn path_bits(&self, plan: &Plan) -> Option<Arc<[u64]>> {
         if self.on_names() {
-            return None;
+            let paths = || self.name_paths().iter().map(Vec::as_slice);
+            return plan.is_large().then(|| plan.path_bits(paths()).into());
         }
         self.inode().map(|inode| inode.path_bits(plan, self.core.tree.version()))
     }
