@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -87,7 +87,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     keep_out_of_mount(&options, &places)?;
     let core = open_backing(&places, options.seed)?;
     arm(&core, &options.rules)?;
-    let listener = listen(&options.socket)?;
+    let (listener, socket) = listen(&options.socket)?;
     let mounted = Mounted::new(&core, &options, &places)?;
     let identity = mounted.identity(&options, &places);
     claim.write(&identity).map_err(|error| failure(format!("{}: {error}", claim.path.display())))?;
@@ -95,7 +95,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     ready(&serving.ready_line());
     tracing::info!("{}", serving.ready_line());
     serving.wait(&signals);
-    claim.release();
+    drop((socket, claim));
     Ok(())
 }
 
@@ -124,7 +124,6 @@ fn block_signals() -> nix::Result<SigSet> {
 /// The state file, locked: the name is ours for as long as we live.
 struct Claim {
     path: PathBuf,
-    socket: PathBuf,
     lock: Flock<File>,
 }
 
@@ -139,7 +138,7 @@ impl Claim {
         let mut file = open().map_err(cannot)?;
         for _ in 0..LOCK_TRIES {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(Claim { path, socket: options.socket.clone(), lock }),
+                Ok(lock) => return Ok(Claim { path, lock }),
                 Err((unlocked, _)) => file = unlocked,
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -162,16 +161,10 @@ impl Claim {
         let mut file = file;
         file.write_all(&serde_json::to_vec(&state)?)
     }
-
-    /// Nothing is left behind.
-    fn release(self) {
-        drop(self);
-    }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.socket);
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -229,30 +222,44 @@ fn arm(core: &Core, rules: &[Value]) -> Result<(), Failure> {
     core.arming.replace(specs, core.ring.now_ns()).map(drop).map_err(refuse)
 }
 
-fn listen(socket: &Path) -> Result<UnixListener, Failure> {
-    let cannot =
-        |error: io::Error| with_hint(format!("socket {}: {error}", socket.display()), "--socket PATH names another");
+/// The socket's file, which is ours from the moment that we are bound to it.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn listen(socket: &Path) -> Result<(UnixListener, SocketFile), Failure> {
+    let other = "--socket PATH names another";
+    let cannot = |error: io::Error| with_hint(format!("socket {}: {error}", socket.display()), other);
     if let Some(parent) = socket.parent() {
         std::fs::create_dir_all(parent).map_err(cannot)?;
     }
-    // We hold the lock of the name, so this is a dead daemon's; but somebody else's socket is not ours to remove.
-    match std::os::unix::net::UnixStream::connect(socket) {
-        Ok(_) => {
-            return Err(with_hint(format!("socket {} is in use", socket.display()), "--socket PATH names another"));
+    if let Ok(there) = std::fs::symlink_metadata(socket) {
+        let in_the_way = |what: &str| with_hint(format!("socket {}: {what}", socket.display()), other);
+        if !there.file_type().is_socket() {
+            return Err(in_the_way("there is a file of that name, which is no socket"));
         }
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(socket).map_err(cannot)?
+        match std::os::unix::net::UnixStream::connect(socket) {
+            // What a killed daemon left.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(socket).map_err(cannot)?;
+            }
+            _ => return Err(in_the_way("it is in use")),
         }
-        Err(_) => {}
     }
     let listener = UnixListener::bind(socket).map_err(cannot)?;
+    let file = SocketFile(socket.to_path_buf());
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660)).map_err(cannot)?;
-    Ok(listener)
+    Ok((listener, file))
 }
 
 /// A mount, and the session that serves it, not running yet.
 struct Mounted {
     session: Session<Adapter>,
+    place: Detach,
     /// The number of the connection.
     minor: u32,
     readers: usize,
@@ -266,9 +273,10 @@ impl Mounted {
             false => Mounted::as_user(core, options, places, readers)?,
         };
         let mount = mounts::at(&places.mountpoint).ok().flatten();
+        let place = Detach(Some(places.mountpoint.clone()));
         let minor = mount.ok_or_else(|| failure("the mount is not in the mount table"))?.minor;
         let _ = core.notifier.set(session.notifier());
-        Ok(Mounted { session, minor, readers })
+        Ok(Mounted { session, place, minor, readers })
     }
 
     fn as_root(
@@ -331,6 +339,17 @@ fn default_readers() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from).saturating_add(1).clamp(2, 16)
 }
 
+/// A mount that nobody serves yet: if it comes to nothing, nothing is left behind.
+struct Detach(Option<PathBuf>);
+
+impl Drop for Detach {
+    fn drop(&mut self) {
+        if let Some(mountpoint) = self.0.take() {
+            let _ = unmount(&mountpoint, 0, How::Lazy);
+        }
+    }
+}
+
 fn config(readers: usize) -> fuser::Config {
     let mut config = fuser::Config::default();
     config.n_threads = Some(readers);
@@ -383,7 +402,7 @@ impl Serving {
     ) -> Result<Serving, Failure> {
         let cannot = |error: io::Error| failure(format!("no thread: {error}"));
         let thread = |name: &str| std::thread::Builder::new().name(name.into());
-        let Mounted { session, minor, .. } = mounted;
+        let Mounted { session, mut place, minor, .. } = mounted;
         let (sender, ended) = bounded::<()>(0);
         let session = thread("session").spawn(move || {
             let result = session.run();
@@ -395,6 +414,8 @@ impl Serving {
         let clock = thread("clock").spawn(move || clock::run(&clocked, &stop));
         let (unmount, wanted) = unbounded();
         let control = control::start(listener, core.clone(), identity.clone(), unmount).map_err(cannot)?;
+        // From here on it ends in order.
+        place.0 = None;
         Ok(Serving {
             core,
             identity,

@@ -93,7 +93,7 @@ fn is_stale(mount: &Mount, instances: &[Instance]) -> bool {
 
 fn of_mount(mount: &Mount) -> Value {
     json!({
-        "instance": mount.instance(), "state": "stale", "mode": null, "rules": null, "mountpoint": mount.mountpoint,
+        "instance": mount.instance(), "state": "stale", "mode": null, "rules": null, "mountpoint": mount.mountpoint.to_string_lossy(),
         "backing": null, "pid": null, "socket": null, "log": null,
     })
 }

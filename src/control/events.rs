@@ -70,7 +70,7 @@ pub async fn stream(State(control): Shared, headers: HeaderMap, RawQuery(query):
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok());
     let since = text(&query, "since").or(last);
     let (at, lost) = match since.map(|id| (id, parse_id(id, &control.identity.boot_id))) {
-        Some((_, Some(Id::Ours(seq)))) => (Cursor(seq + 1), false),
+        Some((_, Some(Id::Ours(seq)))) => (Cursor(seq.saturating_add(1)), false),
         Some((_, Some(Id::Earlier))) => (control.ring().oldest(), true),
         Some((id, None)) => return Err(Problem::bad_request(format!("since: {id:?} is not the id of an event"))),
         None if follow => (control.ring().cursor(), false),

@@ -189,8 +189,8 @@ impl Control {
     /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
     /// forgets what could hide the new ones. Gives what could not be forgotten in time.
     async fn in_force(&self, changed: Changed) -> Vec<String> {
-        for name in &changed.released {
-            let held = self.core.parking.take(usize::MAX, |parked| parked.is_held_by(name));
+        for rule in &changed.released {
+            let held = self.core.parking.take(usize::MAX, |parked| parked.is_held_by(&rule.name));
             self.core.resume(held, Ended::Removed);
         }
         self.core.parking.wake_clock();

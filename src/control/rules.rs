@@ -37,7 +37,8 @@ impl Control {
     fn show_rules(&self) -> Vec<Value> {
         let rules = self.core.arming.rules();
         let mode = self.core.arming.mode().1;
-        rules.iter().chain(&mode).map(|rule| self.show_rule(rule)).collect()
+        let space = self.core.capacity.is_set().then(|| self.core.arming.space.clone());
+        rules.iter().chain(&mode).chain(&space).map(|rule| self.show_rule(rule)).collect()
     }
 
     fn rule(&self, name: &str) -> Result<Arc<Rule>, Problem> {
@@ -72,7 +73,7 @@ pub async fn replace(State(control): Shared, body: Body) -> Answer {
 pub async fn clear(State(control): Shared) -> Answer {
     let cursor = control.cursor();
     let changed = control.core.arming.remove(|_| true);
-    let removed: Vec<String> = changed.released.iter().map(ToString::to_string).collect();
+    let removed: Vec<String> = changed.released.iter().map(|rule| rule.name.to_string()).collect();
     control.in_force(changed).await;
     control.ring().change("rule", json!({"action": "cleared", "rules": removed}));
     Ok(document(200, &json!({"removed": removed, "cursor": cursor})))
@@ -123,9 +124,11 @@ fn merge(target: &mut Value, patch: Value) {
 }
 
 pub async fn remove(State(control): Shared, Path(name): Path<String>) -> Answer {
-    if name == "mode" {
-        return Err(Problem::new(409, "conflict", "the rule \"mode\" is changed by PUT /v1/mode")
-            .hint("nemesisfs mode allow_writes"));
+    for (reserved, hint) in [("mode", "nemesisfs mode allow_writes"), ("space", "nemesisfs space clear")] {
+        if name == reserved {
+            let detail = format!("the rule {name:?} is changed by PUT /v1/{name}");
+            return Err(Problem::new(409, "conflict", detail).hint(hint));
+        }
     }
     let changed = control.core.arming.remove(|rule| *rule.name == *name);
     if !changed.released.is_empty() {
@@ -171,7 +174,10 @@ pub async fn wait(State(control): Shared, Path(name): Path<String>, RawQuery(que
     };
     control.rule(&name)?;
     match tokio::time::timeout(limit, control.fired(&name, &wanted)).await {
-        Ok(Ok(record)) => Ok(document(200, &json!({"fired": true, "event": control.record_json(&record)}))),
+        Ok(Ok(record)) => {
+            let event = record.map(|record| control.record_json(&record));
+            Ok(document(200, &json!({"fired": true, "event": event})))
+        }
         Ok(Err(gone)) => Err(gone),
         Err(_) => {
             let rule = control.rule(&name)?;
@@ -182,8 +188,9 @@ pub async fn wait(State(control): Shared, Path(name): Path<String>, RawQuery(que
 }
 
 impl Control {
-    /// Waits until a rule has fired so often since a place on the stream, or ever; gives the last of these firings.
-    async fn fired(&self, name: &str, wanted: &Wanted) -> Result<Record, Problem> {
+    /// Waits until a rule has fired so often since a place on the stream, or in its life; gives the last of these
+    /// firings, unless the ring has lost it.
+    async fn fired(&self, name: &str, wanted: &Wanted) -> Result<Option<Record>, Problem> {
         let mut at = wanted.since.unwrap_or_else(|| self.ring().oldest());
         let mut seen = 0;
         loop {
@@ -191,41 +198,56 @@ impl Control {
             tokio::pin!(published);
             published.as_mut().enable();
             self.ring().listen();
-            loop {
-                match self.ring().read(at) {
-                    Read::Event(record) => {
-                        at = Cursor(at.0 + 1);
-                        if let Some(nth) = firing_of(&record, name) {
-                            // Without a place to start from, the rule's own count tells also of what the ring has lost.
-                            seen = if wanted.since.is_none() { nth } else { seen + 1 };
-                            if seen >= wanted.injections {
-                                return Ok(*record);
-                            }
-                        }
-                    }
-                    Read::Gap { next, .. } => at = next,
-                    Read::Empty => break,
+            let rule = self.rule(name)?;
+            if wanted.since.is_none() {
+                if rule.counters.injections.load(Relaxed) >= wanted.injections {
+                    return Ok(self.last_firing(&rule));
                 }
+            } else if let Some(record) = self.count_firings(name, wanted.injections, &mut at, &mut seen) {
+                return Ok(Some(record));
             }
-            self.rule(name)?;
             published.await;
         }
+    }
+
+    /// Reads on from a place; the record that makes it so many firings.
+    fn count_firings(&self, name: &str, wanted: u64, at: &mut Cursor, seen: &mut u64) -> Option<Record> {
+        loop {
+            match self.ring().read(*at) {
+                Read::Event(record) => {
+                    *at = Cursor(at.0 + 1);
+                    *seen += u64::from(is_firing_of(&record, name));
+                    if *seen >= wanted {
+                        return Some(*record);
+                    }
+                }
+                Read::Gap { next, .. } => *at = next,
+                Read::Empty => return None,
+            }
+        }
+    }
+
+    /// The newest firing of a rule that the ring still has.
+    fn last_firing(&self, rule: &Rule) -> Option<Record> {
+        let (oldest, end) = (self.ring().oldest().0, self.ring().cursor().0);
+        let created = rule.created.duration_since(std::time::UNIX_EPOCH).map_or(0, |age| age.as_nanos() as u64);
+        (oldest..end).rev().find_map(|seq| match self.ring().read(Cursor(seq)) {
+            Read::Event(record) if record.time_ns >= created && is_firing_of(&record, &rule.name) => Some(*record),
+            _ => None,
+        })
     }
 
     /// The place after an event's id.
     fn after(&self, id: &str) -> Result<Cursor, Problem> {
         match events::parse_id(id, &self.identity.boot_id) {
-            Some(events::Id::Ours(seq)) => Ok(Cursor(seq + 1)),
+            Some(events::Id::Ours(seq)) => Ok(Cursor(seq.saturating_add(1))),
             Some(events::Id::Earlier) => Ok(self.ring().oldest()),
             None => Err(Problem::bad_request(format!("since: {id:?} is not the id of an event"))),
         }
     }
 }
 
-/// The number of the injection, if the record is one of this rule.
-fn firing_of(record: &Record, name: &str) -> Option<u64> {
-    match &record.body {
-        Event::Injection(injection) if *injection.rule == *name && !injection.repeat => Some(injection.nth),
-        _ => None,
-    }
+/// Is the record a firing of this rule, and not the kernel's repetition of one?
+fn is_firing_of(record: &Record, name: &str) -> bool {
+    matches!(&record.body, Event::Injection(injection) if *injection.rule == *name && !injection.repeat)
 }

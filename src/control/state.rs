@@ -48,7 +48,7 @@ pub async fn reset(State(control): Shared, body: Body) -> Answer {
     let Nothing {} = body::read(body).await?;
     let cursor = control.cursor();
     let changed = control.core.arming.remove(|_| true);
-    let removed: Vec<String> = changed.released.iter().map(ToString::to_string).collect();
+    let removed: Vec<String> = changed.released.iter().map(|rule| rule.name.to_string()).collect();
     control.in_force(changed).await;
     control.set_mode(Mode::AllowWrites, None).await;
     let space = control.clear_space().await;
@@ -79,14 +79,24 @@ pub async fn evict(State(control): Shared, body: Body) -> Answer {
     };
     let cursor = control.cursor();
     let core = control.core.clone();
-    let evicted = helper(move || core.evict_all(glob.as_ref())).await?;
-    let evicted: Vec<Value> = evicted.into_iter().map(report).collect();
+    // The helper tells the stream by itself: it may take longer than the client is made to wait.
+    let work = helper(move || {
+        let evicted: Vec<Value> = core.evict_all(glob.as_ref()).into_iter().map(report).collect();
+        core.ring.change("space", json!({"action": "evicted", "files": evicted}));
+        evicted
+    });
+    let evicted = match tokio::time::timeout(super::FORGET_LIMIT, work).await {
+        Ok(evicted) => evicted?,
+        Err(_) => {
+            let pending = "a waiting request holds a file's pages: an event tells when it is done";
+            return Ok(document(200, &json!({"evicted": [], "pending": [pending], "cursor": cursor})));
+        }
+    };
     let failed = evicted.iter().find(|one| one.get("error").is_some()).cloned();
-    control.ring().change("space", json!({"action": "evicted", "files": evicted}));
     match failed {
         Some(failed) => Err(Problem::new(500, "internal", format!("not all could be taken back: {failed}"))
             .with("evicted", evicted.into())),
-        None => Ok(document(200, &json!({"evicted": evicted, "cursor": cursor}))),
+        None => Ok(document(200, &json!({"evicted": evicted, "pending": [], "cursor": cursor}))),
     }
 }
 

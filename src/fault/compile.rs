@@ -191,7 +191,7 @@ impl Check {
                 self.found(Problem::new(pointer, detail).nearest(word, known.into_iter()));
                 continue;
             };
-            if dropping && !Op::ALL.iter().any(|op| part.may_concern(*op) && DROPPABLE.may_concern(*op)) {
+            if dropping && part.droppable().is_empty() {
                 let detail = format!("match.ops[{i}]: {word:?} cannot be dropped");
                 let hint = "a drop loses write, copy_file_range, fallocate, truncate, fsync or fsyncdir";
                 self.found(Problem::new(pointer, detail).hint(hint));
@@ -201,7 +201,8 @@ impl Check {
         match (ops.is_empty(), dropping) {
             (true, true) => OpSet::of(&[Op::Write]),
             (true, false) => OpSet::all(),
-            (false, _) => set,
+            (false, true) => set.droppable(),
+            (false, false) => set,
         }
     }
 
@@ -227,6 +228,9 @@ impl Check {
             if value.is_some() {
                 self.not_yet(&format!("#/trigger/{field}"));
             }
+        }
+        if spec.times == Some(0) {
+            self.found(Problem::new("#/trigger/times", "trigger.times: 0 would never fire").hint("null has no limit"));
         }
         let life = spec.r#for.as_deref().and_then(|text| self.duration("#/trigger/for", text));
         let trigger = Trigger {
@@ -377,12 +381,6 @@ impl Check {
         }
     }
 }
-
-/// What can be acknowledged and lost.
-pub const DROPPABLE: OpSet = {
-    let ops = OpSet::of(&[Op::Write, Op::CopyFileRange, Op::Fallocate, Op::Fsync, Op::Fsyncdir]);
-    ops.with(OpSet::TRUNCATES)
-};
 
 /// A number of bytes: `4096`, `4KiB`, `1MiB`.
 pub fn bytes(text: &str) -> Option<u64> {

@@ -56,9 +56,6 @@ impl OpSet {
     /// A setattr that changes the size.
     const TRUNCATE: u64 = 1 << 41;
 
-    /// The condition `truncate` alone.
-    pub const TRUNCATES: OpSet = OpSet(OpSet::TRUNCATE);
-
     pub const fn of(ops: &[Op]) -> OpSet {
         let mut bits = 0;
         let mut i = 0;
@@ -75,6 +72,13 @@ impl OpSet {
 
     pub const fn with(self, other: OpSet) -> OpSet {
         OpSet(self.0 | other.0)
+    }
+
+    /// What of the set can be acknowledged and lost: a setattr only as far as it changes the size.
+    pub const fn droppable(self) -> OpSet {
+        const LOST: OpSet = OpSet::of(&[Op::Write, Op::CopyFileRange, Op::Fallocate, Op::Fsync, Op::Fsyncdir]);
+        let truncates = if self.has(Op::Setattr) { OpSet::TRUNCATE } else { 0 };
+        OpSet(self.0 & (LOST.0 | OpSet::GROW | OpSet::TRUNCATE) | truncates)
     }
 
     pub const fn has(self, op: Op) -> bool {

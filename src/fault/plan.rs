@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::*};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -52,6 +52,19 @@ pub struct Trigger {
 pub struct Counters {
     pub matches: AtomicU64,
     pub injections: AtomicU64,
+    /// Is the rule out of force: removed, disabled, or changed into another?
+    retired: AtomicBool,
+}
+
+impl Counters {
+    pub fn is_retired(&self) -> bool {
+        self.retired.load(Acquire)
+    }
+
+    /// To be called before what the rule holds is let go, so that nothing is held by it after that.
+    pub fn retire(&self, retired: bool) {
+        self.retired.store(retired, Release);
+    }
 }
 
 /// Where a rule is in its life.

@@ -10,7 +10,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, INodeNo, InitFlags, IoctlFlags,
@@ -65,10 +65,15 @@ fn panic_if_asked(call: &Call<'_>) {
     }
 }
 
+/// fuser 0.18 takes the nanoseconds of a time before the epoch as counting backwards; here that is undone.
 fn time(time: TimeOrNow) -> Time {
-    match time {
-        TimeOrNow::SpecificTime(at) => Time::At(at),
-        TimeOrNow::Now => Time::Now,
+    let TimeOrNow::SpecificTime(at) = time else { return Time::Now };
+    match at.duration_since(UNIX_EPOCH) {
+        Ok(after) => Time::At(i64::try_from(after.as_secs()).unwrap_or(i64::MAX), after.subsec_nanos()),
+        Err(before) => {
+            let before = before.duration();
+            Time::At(0i64.checked_sub_unsigned(before.as_secs()).unwrap_or(i64::MIN), before.subsec_nanos())
+        }
     }
 }
 

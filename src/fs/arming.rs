@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use crate::fault::compile::Defaults;
 use crate::fault::plan::Trigger;
 use crate::fault::spec::{FaultSpec, MatchSpec, TriggerSpec};
-use crate::fault::{Counters, Fault, Op, OpSet, Plan, Problem, Rule, RuleSpec, State, compile};
+use crate::fault::{Fault, Op, OpSet, Plan, Problem, Rule, RuleSpec, State, compile};
 
 /// The rules of one mount.
 pub struct Arming {
@@ -24,8 +24,8 @@ pub struct Arming {
     plan: ArcSwap<Plan>,
     set: Mutex<Set>,
     seed: u64,
-    /// Refusals by the capacity: the reserved rule `space`.
-    pub space: Counters,
+    /// The reserved rule `space`, which counts the refusals by the capacity.
+    pub space: Arc<Rule>,
 }
 
 #[derive(Default)]
@@ -90,8 +90,8 @@ impl Mode {
 pub struct Changed {
     /// Rules that are new, or armed again: what the kernel has cached may hide them.
     pub armed: Vec<Arc<Rule>>,
-    /// Names of rules that no longer hold anything.
-    pub released: Vec<Arc<str>>,
+    /// Rules that are out of force: what they hold is to be let go.
+    pub released: Vec<Arc<Rule>>,
 }
 
 impl Arming {
@@ -101,7 +101,7 @@ impl Arming {
             plan: ArcSwap::from_pointee(Plan::new(0, Vec::new())),
             set: Mutex::default(),
             seed,
-            space: Counters::default(),
+            space: Arc::new(reserved_rule("space", &["grow", "mkdir"], Fault::Full, None, 0)),
         }
     }
 
@@ -130,7 +130,7 @@ impl Arming {
 
     pub fn rule(&self, name: &str) -> Option<Arc<Rule>> {
         let set = self.set.lock();
-        set.rules.iter().chain(&set.mode_rule).find(|rule| &*rule.name == name).cloned()
+        set.rules.iter().chain(&set.mode_rule).chain([&self.space]).find(|rule| &*rule.name == name).cloned()
     }
 
     pub fn mode(&self) -> (Mode, Option<Arc<Rule>>) {
@@ -181,12 +181,12 @@ impl Arming {
             Some(i) => {
                 let old = std::mem::replace(&mut set.rules[i], rule.clone());
                 if !rule.same_definition(&old) || !rule.spec.enabled {
-                    changed.released.push(rule.name.clone());
+                    changed.released.push(old);
                 }
             }
             None => set.rules.push(rule.clone()),
         }
-        self.swap(&mut set);
+        self.swap(&mut set, &changed);
         Ok((rule, place.is_none(), changed))
     }
 
@@ -205,9 +205,10 @@ impl Arming {
             changed.armed.push(rule.clone());
             set.rules.push(rule);
         }
-        let stays = |old: &Rule| set.rules.iter().any(|new| new.name == old.name && new.same_definition(old));
-        changed.released = old.iter().filter(|old| !stays(old)).map(|old| old.name.clone()).collect();
-        self.swap(&mut set);
+        let same = |new: &Rule, old: &Rule| new.spec.enabled && new.name == old.name && new.same_definition(old);
+        let stays = |old: &Rule| set.rules.iter().any(|new| same(new, old));
+        changed.released = old.into_iter().filter(|old| !stays(old)).collect();
+        self.swap(&mut set, &changed);
         Ok(changed)
     }
 
@@ -218,22 +219,35 @@ impl Arming {
         set.rules.retain(|rule| {
             let goes = which(rule);
             if goes {
-                changed.released.push(rule.name.clone());
+                changed.released.push(rule.clone());
             }
             !goes
         });
-        self.swap(&mut set);
+        self.swap(&mut set, &changed);
         changed
     }
 
     /// Sets the mode, for ever or for a time.
     pub fn set_mode(&self, mode: Mode, life: Option<(String, u64)>, now_ns: u64) -> Changed {
+        self.change_mode(&mut self.set.lock(), mode, life, now_ns)
+    }
+
+    /// Ends a mode whose life has ended, unless another was set meanwhile.
+    pub fn end_mode(&self, ended: &Arc<Rule>, now_ns: u64) -> bool {
         let mut set = self.set.lock();
-        let mut changed = Changed { released: vec!["mode".into()], ..Changed::default() };
+        let current = set.mode_rule.as_ref().is_some_and(|rule| Arc::ptr_eq(rule, ended));
+        if current {
+            self.change_mode(&mut set, Mode::AllowWrites, None, now_ns);
+        }
+        current
+    }
+
+    fn change_mode(&self, set: &mut Set, mode: Mode, life: Option<(String, u64)>, now_ns: u64) -> Changed {
+        let rule = mode.rule().map(|(ops, fault)| Arc::new(reserved_rule("mode", ops, fault, life, now_ns)));
+        let old = std::mem::replace(&mut set.mode_rule, rule.clone());
+        let changed = Changed { armed: rule.into_iter().collect(), released: old.into_iter().collect() };
         set.mode = mode;
-        set.mode_rule = mode.rule().map(|(ops, fault)| Arc::new(mode_rule(ops, fault, life, now_ns)));
-        changed.armed.extend(set.mode_rule.clone());
-        self.swap(&mut set);
+        self.swap(set, &changed);
         changed
     }
 
@@ -251,7 +265,9 @@ impl Arming {
         set.rules.iter().chain(&set.mode_rule).filter(ended).cloned().collect()
     }
 
-    fn swap(&self, set: &mut Set) {
+    fn swap(&self, set: &mut Set, changed: &Changed) {
+        changed.released.iter().for_each(|rule| rule.counters.retire(true));
+        changed.armed.iter().for_each(|rule| rule.counters.retire(!rule.spec.enabled));
         set.plans += 1;
         let rules = set.rules.iter().chain(&set.mode_rule).cloned().collect();
         let plan = Plan::new(set.plans, rules);
@@ -275,7 +291,7 @@ fn succeed(mut rule: Rule, old: Option<&Rule>, now_ns: u64) -> Rule {
     rule
 }
 
-fn mode_rule(ops: &[&str], fault: Fault, life: Option<(String, u64)>, now_ns: u64) -> Rule {
+fn reserved_rule(name: &str, ops: &[&str], fault: Fault, life: Option<(String, u64)>, now_ns: u64) -> Rule {
     let set = ops.iter().filter_map(|word| OpSet::parse(word)).fold(OpSet::default(), OpSet::with);
     let errno = match fault {
         Fault::Error { .. } => Some("EIO".to_string()),
@@ -283,7 +299,7 @@ fn mode_rule(ops: &[&str], fault: Fault, life: Option<(String, u64)>, now_ns: u6
         _ => None,
     };
     let spec = RuleSpec {
-        name: "mode".into(),
+        name: name.into(),
         enabled: true,
         required: false,
         r#match: MatchSpec { ops: ops.iter().map(ToString::to_string).collect(), ..MatchSpec::default() },
@@ -292,7 +308,7 @@ fn mode_rule(ops: &[&str], fault: Fault, life: Option<(String, u64)>, now_ns: u6
         labels: Default::default(),
     };
     Rule {
-        name: "mode".into(),
+        name: name.into(),
         spec,
         ops: set,
         path: None,

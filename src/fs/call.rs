@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use fuser::{
     Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
@@ -29,7 +29,8 @@ pub struct Caller {
 #[derive(Clone, Copy, Debug)]
 pub enum Time {
     Now,
-    At(SystemTime),
+    /// Seconds and nanoseconds since the epoch; the nanoseconds always count upwards.
+    At(i64, u32),
 }
 
 /// What a setattr changes.

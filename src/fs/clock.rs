@@ -12,7 +12,6 @@ use serde_json::json;
 
 use super::process;
 use super::serve::{Core, Ended};
-use crate::fault::Fault;
 
 const TICK_NS: u64 = 50_000_000;
 /// A look at one caller costs about 8 µs; with very many, most of the time is left to others.
@@ -42,14 +41,11 @@ pub fn run(core: &Arc<Core>, stop: &AtomicBool) {
 /// Rules whose life has ended: what they hold goes on, and the stream says so.
 fn end_lives(core: &Arc<Core>, from_ns: u64, to_ns: u64) {
     for rule in core.arming.expired(from_ns, to_ns) {
-        if &*rule.name == "mode" {
-            if rule.fault == Fault::Full {
-                core.capacity.set_full(false);
-            }
-            core.arming.set_mode(super::Mode::AllowWrites, None, to_ns);
-            core.ring.change("mode", json!({"mode": "allow_writes", "action": "expired"}));
-        } else {
+        if &*rule.name != "mode" {
             core.ring.change("rule", json!({"rule": &*rule.name, "action": "expired"}));
+        } else if core.arming.end_mode(&rule, to_ns) {
+            core.capacity.set_full(false);
+            core.ring.change("mode", json!({"mode": "allow_writes", "action": "expired"}));
         }
         let held = core.parking.take(usize::MAX, |parked| parked.is_held_by(&rule.name));
         core.resume(held, Ended::Removed);

@@ -25,8 +25,11 @@ impl Core {
     pub fn evict_all(&self, glob: Option<&GlobMatcher>) -> Vec<(String, io::Result<Evicted>)> {
         use std::os::unix::ffi::OsStrExt;
         let version = self.tree.version();
-        let files = self.tree.all().into_iter().filter(|inode| inode.undoable.load(Acquire));
-        let named = files.map(|inode| (inode.path(version), inode));
+        let mut files = self.tree.all();
+        files.retain(|inode| inode.undoable.load(Acquire));
+        // Files that a parked request holds come last, so that they keep no other waiting.
+        files.sort_by_cached_key(|inode| self.is_parked(inode.id));
+        let named = files.into_iter().map(|inode| (inode.path(version), inode));
         let is_meant = |path: &[u8]| glob.is_none_or(|glob| glob.is_match(std::ffi::OsStr::from_bytes(path)));
         let meant = named.filter(|(path, _)| is_meant(path));
         meant.map(|(path, inode)| (String::from_utf8_lossy(&path).into_owned(), self.evict(&inode))).collect()

@@ -3,14 +3,16 @@
 //! The kernel makes several requests of one call. A failed readahead is asked again, one page of it, by a synchronous
 //! read, and only that one's error reaches the program (of a load from a mapping, only the second one's: the first
 //! ends an attempt that the kernel repeats); and an error after the first piece of a call is told as a short result,
-//! so that the program meets the error only when it goes on. So a firing of `error` that the program has
-//! not seen yet is *owed*: the next request of the same thread for the same range gets the same error, uncounted and
-//! marked `repeat`. Once the program has seen it, what is left is the knowledge that those pages are in the kernel's cache without
-//! contents, so that their next read comes once and not twice.
+//! so that the program meets the error only when it goes on. So a firing of `error` that the program has not seen yet is
+//! *owed*: the next request for the same range gets the same error, uncounted and marked `repeat`. A write's debt is
+//! paid to its own thread; a read's to whoever reads the page next, because threads that wait for a page are served in
+//! any order. What a failed read leaves behind is pages in the kernel's cache without contents: their next read comes
+//! once and not twice.
 //!
-//! Used by readers while a rule of kind `error` is armed on reads or writes, and for a second after a firing. The lock
-//! is held for a look at a short list.
+//! Used by readers while a rule is armed on reads or writes, and while something is owed. The lock is held for a look at
+//! short lists; procfs is read outside it.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::*};
 use std::time::{Duration, Instant};
@@ -18,18 +20,34 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::process::{self, CallRange, Waiting};
+use crate::durability::Ranges;
 use crate::fault::{Firing, Op};
 
 /// A repetition after this is the program's own.
 const LIFE: Duration = Duration::from_secs(1);
 /// More than this many at a time would be a list too long to look through; the oldest go first.
 const MOST: usize = 256;
+/// How many repetitions of a failed request the kernel makes for one load from a mapping.
+const FAULT_REPEATS: u32 = 2;
+/// No call is told its error later than this, whatever it looks like.
+const MOST_REPEATS: u32 = 3;
+const PAGE: u64 = 4096;
 
-/// Firings that programs have not seen yet, or whose traces the kernel's cache still has.
+/// Firings that programs have not seen yet, and their traces in the kernel's cache.
 #[derive(Debug, Default)]
 pub struct Holds {
+    /// Entries of `owed` and `lacking`.
     count: AtomicUsize,
-    list: Mutex<Vec<Hold>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    owed: Vec<Hold>,
+    /// By file: pages that the kernel has without contents.
+    lacking: HashMap<u64, Ranges>,
+    /// Appends under way: the kernel tells where a piece goes, and nobody where its call began.
+    appends: Vec<Run>,
 }
 
 #[derive(Debug)]
@@ -41,13 +59,18 @@ struct Hold {
     errno: i32,
     firing: Firing,
     since: Instant,
-    owed: bool,
     /// How often it was told since.
     repeats: u32,
 }
 
-/// How many repetitions of a failed request the kernel makes for one load from a mapping.
-const FAULT_REPEATS: u32 = 2;
+/// Pieces of one thread's appends to one file, one right behind the other.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    tid: u32,
+    ino: u64,
+    start: u64,
+    end: u64,
+}
 
 /// A request as far as holds look at it.
 #[derive(Clone, Debug)]
@@ -60,6 +83,8 @@ pub struct Piece {
     pub cached: bool,
     /// Is it the kernel writing back a shared mapping? Then no call waits for it.
     pub writeback: bool,
+    /// Does it go where the file ends?
+    pub append: bool,
 }
 
 impl Holds {
@@ -70,26 +95,47 @@ impl Holds {
 
     /// The error that is owed to this request, if one is.
     pub fn owed(&self, piece: &Piece) -> Option<(i32, Firing)> {
-        let mut list = self.list.lock();
-        self.expire(&mut list);
-        let hold = list.iter_mut().find(|hold| hold.owed && hold.is_for(piece))?;
+        if !self.is_owed(piece) {
+            return None;
+        }
+        let waiting = process::waits_in(piece.tid);
+        let mut state = self.state.lock();
+        let run = state.run_start(piece);
+        let at = state.owed.iter().position(|hold| hold.is_for(piece))?;
+        let hold = &mut state.owed[at];
         hold.repeats += 1;
-        hold.owed = !program_sees(piece, hold.repeats);
-        Some((hold.errno, hold.firing.clone()))
+        let (errno, firing, repeats) = (hold.errno, hold.firing.clone(), hold.repeats);
+        if repeats >= MOST_REPEATS || program_sees(piece, waiting, repeats, run) {
+            state.owed.remove(at);
+        }
+        self.recount(&state);
+        Some((errno, firing))
     }
 
-    /// Notes an error that is about to be told, and whether the program will see it. `true` when it will.
-    pub fn told(&self, piece: &Piece, errno: i32, firing: &Firing) -> bool {
-        let mut list = self.list.lock();
-        self.expire(&mut list);
-        let readahead =
-            piece.op == Op::Read && piece.cached && !list.iter().any(|hold| !hold.owed && hold.lacks_contents(piece));
-        let seen = !readahead && (piece.writeback || program_sees(piece, 0));
-        if piece.op == Op::Read && piece.cached || !seen {
-            if list.len() >= MOST {
-                list.remove(0);
+    fn is_owed(&self, piece: &Piece) -> bool {
+        let mut state = self.state.lock();
+        // A rule that is gone owes nothing.
+        state.owed.retain(|hold| hold.since.elapsed() < LIFE && !hold.firing.rule.counters.is_retired());
+        self.recount(&state);
+        state.owed.iter().any(|hold| hold.is_for(piece))
+    }
+
+    /// Notes an error that is about to be told.
+    pub fn told(&self, piece: &Piece, errno: i32, firing: &Firing) {
+        let waiting = process::waits_in(piece.tid);
+        let mut state = self.state.lock();
+        let run = state.run_start(piece);
+        let cached_read = piece.op == Op::Read && piece.cached;
+        let readahead = cached_read && !state.lacks(piece);
+        let seen = !readahead && (piece.writeback || program_sees(piece, waiting, 0, run));
+        if cached_read {
+            state.lacking.entry(piece.ino).or_default().add(piece.range.clone());
+        }
+        if !seen {
+            if state.owed.len() >= MOST {
+                state.owed.remove(0);
             }
-            list.push(Hold {
+            state.owed.push(Hold {
                 op: piece.op,
                 ino: piece.ino,
                 tid: piece.tid,
@@ -97,66 +143,127 @@ impl Holds {
                 errno,
                 firing: firing.clone(),
                 since: Instant::now(),
-                owed: !seen,
                 repeats: 0,
             });
-            self.count.store(list.len(), Release);
         }
-        seen
+        self.recount(&state);
     }
 
-    /// Pages that were read after all, or thrown out of the cache, are ordinary again.
+    /// Notes a request that is done as asked: its pages have contents, its append has a place.
+    pub fn passed(&self, piece: &Piece) {
+        if piece.op == Op::Read && self.any() {
+            let mut state = self.state.lock();
+            if let Some(lacking) = state.lacking.get_mut(&piece.ino) {
+                lacking.remove(piece.range.clone());
+                state.lacking.retain(|_, ranges| !ranges.is_empty());
+                self.recount(&state);
+            }
+        } else if piece.append {
+            self.state.lock().note_append(piece);
+        }
+    }
+
+    /// Pages that were thrown out of the cache are ordinary again: of one file, or of all.
     pub fn forget(&self, ino: Option<u64>) {
-        let mut list = self.list.lock();
-        list.retain(|hold| ino.is_some_and(|ino| hold.ino != ino));
-        self.count.store(list.len(), Release);
+        let mut state = self.state.lock();
+        state.lacking.retain(|of, _| ino.is_some_and(|ino| *of != ino));
+        state.owed.retain(|hold| ino.is_some_and(|ino| hold.ino != ino));
+        self.recount(&state);
     }
 
-    fn expire(&self, list: &mut Vec<Hold>) {
-        list.retain(|hold| hold.since.elapsed() < LIFE);
-        self.count.store(list.len(), Release);
+    fn recount(&self, state: &State) {
+        self.count.store(state.owed.len() + state.lacking.len(), Release);
+    }
+}
+
+impl State {
+    fn lacks(&self, piece: &Piece) -> bool {
+        let at = piece.range.start;
+        self.lacking.get(&piece.ino).is_some_and(|ranges| ranges.gaps(at..at + 1).is_empty())
+    }
+
+    /// Where the run of appends began that a piece goes on, or begins.
+    fn run_start(&self, piece: &Piece) -> u64 {
+        let start = piece.range.start;
+        let goes_on = |run: &&Run| run.tid == piece.tid && run.ino == piece.ino && run.end == start;
+        self.appends.iter().find(goes_on).map_or(start, |run| run.start)
+    }
+
+    fn note_append(&mut self, piece: &Piece) {
+        let start = self.run_start(piece);
+        self.appends.retain(|run| (run.tid, run.ino) != (piece.tid, piece.ino));
+        // The kernel cuts calls between pages only: a piece that ends elsewhere is the last of its call.
+        if piece.range.end.is_multiple_of(PAGE) {
+            if self.appends.len() >= MOST {
+                self.appends.remove(0);
+            }
+            self.appends.push(Run { tid: piece.tid, ino: piece.ino, start, end: piece.range.end });
+        }
     }
 }
 
 impl Hold {
     fn is_for(&self, piece: &Piece) -> bool {
-        self.op == piece.op && self.ino == piece.ino && self.tid == piece.tid && self.range.contains(&piece.range.start)
-    }
-
-    fn lacks_contents(&self, piece: &Piece) -> bool {
-        self.op == Op::Read && self.ino == piece.ino && self.range.contains(&piece.range.start)
+        let same_caller = self.op == Op::Read || self.tid == piece.tid;
+        self.op == piece.op && self.ino == piece.ino && same_caller && self.range.contains(&piece.range.start)
     }
 }
 
 /// Will an error of this request reach the program? Not when its call has got something already: then the result is
 /// short. When the call cannot be seen (asynchronous I/O, say), it will.
-fn program_sees(piece: &Piece, repeats: u32) -> bool {
-    match process::waits_in(piece.tid) {
+fn program_sees(piece: &Piece, waiting: Waiting, repeats: u32, run_start: u64) -> bool {
+    match waiting {
+        // A write whose source is a mapping: the read is for the load.
+        Waiting::Call(call) if piece.op == Op::Read && call.writes => repeats >= FAULT_REPEATS,
+        Waiting::Call(call) if piece.append => is_first_of_appends(piece, call, run_start),
         Waiting::Call(call) => is_first(piece, call),
         Waiting::Fault => repeats >= FAULT_REPEATS,
         Waiting::Unknown => true,
     }
 }
 
+/// A page that holds the first byte of the call is its first part, though it begins before. What the call is not about
+/// at all was read ahead for nobody.
 fn is_first(piece: &Piece, call: CallRange) -> bool {
-    let (start, end) = (piece.range.start, piece.range.end);
-    let earlier_part = start > call.start && start < call.start.saturating_add(call.length);
-    let whole = end - start >= call.length;
-    // A page that holds the first byte of the call is its first part, though it begins before.
-    whole || !earlier_part
+    let start = piece.range.start;
+    !(start > call.start && start < call.start.saturating_add(call.length))
+}
+
+/// Of calls of one length after each other, those pieces are the first that lie at a multiple of it.
+fn is_first_of_appends(piece: &Piece, call: CallRange, run_start: u64) -> bool {
+    let before = piece.range.start - run_start.min(piece.range.start);
+    call.length == 0 || before.is_multiple_of(call.length)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn piece(op: Op, range: Range<u64>) -> Piece {
+        Piece { op, ino: 1, tid: 1, range, cached: true, writeback: false, append: false }
+    }
+
     #[test]
     fn only_the_part_that_holds_the_start_of_a_call_decides_its_result() {
-        let piece = |range: Range<u64>| Piece { op: Op::Read, ino: 1, tid: 1, range, cached: true, writeback: false };
-        let call = CallRange { start: 5000, length: 10_000 };
-        assert!(is_first(&piece(4096..8192), call));
-        assert!(!is_first(&piece(8192..12288), call));
-        assert!(is_first(&piece(0..1 << 20), call), "a window around all of it");
-        assert!(is_first(&piece(20_000..24_096), call), "another call's");
+        let read = |range| piece(Op::Read, range);
+        let call = CallRange { start: 5000, length: 10_000, writes: false };
+        assert!(is_first(&read(4096..8192), call));
+        assert!(!is_first(&read(8192..12288), call));
+        assert!(is_first(&read(0..1 << 20), call), "a window around all of it");
+        assert!(is_first(&read(20_000..24_096), call), "another call's");
+    }
+
+    #[test]
+    fn of_appends_the_pieces_at_multiples_of_the_length_are_the_first() {
+        let mut state = State::default();
+        let call = CallRange { start: 0, length: 10_000, writes: true };
+        let ranges = [100..4096, 4096..8192, 8192..10_100, 10_100..12_288, 12_288..20_100];
+        let first = ranges.map(|range| {
+            let piece = Piece { append: true, ..piece(Op::Write, range) };
+            let first = is_first_of_appends(&piece, call, state.run_start(&piece));
+            state.note_append(&piece);
+            first
+        });
+        assert_eq!(first, [true, false, false, true, false]);
     }
 }

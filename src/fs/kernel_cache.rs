@@ -66,7 +66,7 @@ pub fn clean(core: &Arc<Core>, rules: Vec<Arc<Rule>>, finished: impl FnOnce() + 
     }
     let mut files: Vec<_> = core.tree.all().into_iter().filter(|inode| is_meant(inode, &rules)).collect();
     // Files that a parked request holds come last, so that they keep no other from being done.
-    files.sort_by_cached_key(|inode| is_held(core, inode.id));
+    files.sort_by_cached_key(|inode| core.is_parked(inode.id));
     left.store(files.len(), Release);
     let (core, count) = (core.clone(), left.clone());
     let helper = std::thread::Builder::new().name("kernel-cache".into()).spawn(move || {
@@ -89,12 +89,6 @@ fn is_meant(inode: &Arc<Inode>, rules: &[Arc<Rule>]) -> bool {
         let paths: Vec<Vec<u8>> = inode.paths().collect();
         rule.path_matches(paths.iter().map(Vec::as_slice))
     })
-}
-
-fn is_held(core: &Core, ino: u64) -> bool {
-    let mut held = false;
-    core.parking.each(|_, parked| held |= parked.pending.call.ino() == ino);
-    held
 }
 
 fn forget(core: &Core, inode: &Inode, rules: &[Arc<Rule>]) {

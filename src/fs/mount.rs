@@ -73,27 +73,20 @@ pub struct Living {
 /// # Errors
 /// With the reason and what can be done; then nothing has been changed but for a stale mount that was removed.
 pub fn prepare(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<Places, Refused> {
-    let mountpoint = &resolve_parent(mountpoint)?;
-    let backing_given = &resolve_parent(backing)?;
-    for other in living {
-        let name = &other.instance;
-        if mountpoint.starts_with(&other.mountpoint) {
-            let at = other.mountpoint.display();
-            return Err(refuse(
-                format!("{} is mounted by us: instance {name} serves {at}", mountpoint.display()),
-                format!("nemesisfs umount {at}"),
-            ));
-        }
-        if *backing_given == other.backing {
-            return Err(refuse(
-                format!("{} is served by instance {name}, at {}", backing.display(), other.mountpoint.display()),
-                "two instances over one directory would not see each other's changes".to_string(),
-            ));
+    for path in [backing, mountpoint] {
+        if path.to_str().is_none() {
+            let reason = format!("{path:?} is not UTF-8, and cannot be told to clients");
+            return Err(refuse(reason, "files below may have any names; these two directories may not"));
         }
     }
+    let mountpoint = &resolve_parent(mountpoint)?;
+    let backing_given = &resolve_parent(backing)?;
+    refuse_second(backing_given, mountpoint, living)?;
     clean_stale(mountpoint)?;
     let places =
         Places { backing: directory(backing, "backing directory")?, mountpoint: directory(mountpoint, "mountpoint")? };
+    // Once more, with what symlinks lead to: before, a dead mount could not be looked at.
+    refuse_second(&places.backing, &places.mountpoint, living)?;
     if places.mountpoint != places.backing {
         if places.mountpoint.starts_with(&places.backing) {
             return Err(refuse(
@@ -123,6 +116,22 @@ pub fn prepare(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<P
         ));
     }
     Ok(places)
+}
+
+/// Two instances at one place, or over one directory, would undo each other's work.
+fn refuse_second(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<(), Refused> {
+    for Living { instance, backing: theirs, mountpoint: at } in living {
+        let (at_text, here) = (at.display(), mountpoint.display());
+        if mountpoint.starts_with(at) {
+            let reason = format!("{here} is mounted by us: instance {instance} serves {at_text}");
+            return Err(refuse(reason, format!("nemesisfs umount {at_text}")));
+        }
+        if backing == theirs {
+            let reason = format!("{} is served by instance {instance}, at {at_text}", backing.display());
+            return Err(refuse(reason, "two instances over one directory would not see each other's changes"));
+        }
+    }
+    Ok(())
 }
 
 /// The path with everything but its last part resolved: the last may be a dead mount, which cannot be looked at.

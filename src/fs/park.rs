@@ -67,10 +67,11 @@ struct State {
 }
 
 impl Parking {
-    /// Parks a request; gives it back when none can be parked any more.
+    /// Parks a request; gives it back when none can be parked any more, or when what would hold it is out of force.
     pub fn park(&self, parked: Parked) -> Result<(), Box<Parked>> {
         let mut state = self.state.lock();
-        if self.closed.load(Acquire) || state.requests.len() >= MOST {
+        let retired = parked.rules.iter().any(|rule| rule.counters.is_retired());
+        if retired || self.closed.load(Acquire) || state.requests.len() >= MOST {
             return Err(Box::new(parked));
         }
         state.next += 1;
@@ -99,8 +100,8 @@ impl Parking {
         self.closed.store(false, Release);
     }
 
-    pub fn is_closed(&self) -> bool {
-        self.closed.load(Acquire)
+    pub fn is_full(&self) -> bool {
+        self.len() >= MOST
     }
 
     pub fn len(&self) -> usize {

@@ -88,7 +88,9 @@ pub fn is_dying(tid: u32, started: Option<u64>) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallRange {
     pub start: u64,
+    /// As far as it is known: of a vector of buffers it is not.
     pub length: u64,
+    pub writes: bool,
 }
 
 /// What a thread waits in.
@@ -130,13 +132,20 @@ fn call_in(tid: u32, text: &str) -> Waiting {
     let arguments: Vec<u64> =
         words.filter_map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok()).collect();
     let argument = |n: usize| arguments.get(n).copied();
+    let at_position = || argument(0).and_then(|fd| position(tid, fd));
     let start = match number {
-        libc::SYS_pread64 | libc::SYS_pwrite64 => argument(3),
-        libc::SYS_read | libc::SYS_write => argument(0).and_then(|fd| position(tid, fd)),
+        libc::SYS_pread64 | libc::SYS_pwrite64 | libc::SYS_preadv | libc::SYS_pwritev => argument(3),
+        // An offset of -1 means the position of the file.
+        libc::SYS_preadv2 | libc::SYS_pwritev2 => argument(3).filter(|at| *at != u64::MAX).or_else(at_position),
+        libc::SYS_read | libc::SYS_write | libc::SYS_readv | libc::SYS_writev => at_position(),
         _ => None,
     };
-    match start.zip(argument(2)) {
-        Some((start, length)) => Waiting::Call(CallRange { start, length }),
+    let plain = [libc::SYS_read, libc::SYS_write, libc::SYS_pread64, libc::SYS_pwrite64].contains(&number);
+    let length = if plain { argument(2) } else { Some(u64::MAX) };
+    let writes = [libc::SYS_write, libc::SYS_pwrite64, libc::SYS_writev, libc::SYS_pwritev, libc::SYS_pwritev2]
+        .contains(&number);
+    match start.zip(length) {
+        Some((start, length)) => Waiting::Call(CallRange { start, length, writes }),
         None => Waiting::Unknown,
     }
 }

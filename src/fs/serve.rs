@@ -91,10 +91,14 @@ impl Core {
             return;
         }
         if !self.arming.concerns(op) {
+            if self.holds.any() {
+                self.note_passed(&caller, &call);
+            }
             return self.proceed(caller, call, reply, None);
         }
         let decision = decide(&self.arming.plan(), &Request::new(self, &caller, &call));
         if decision.is_nothing() {
+            self.note_passed(&caller, &call);
             return self.proceed(caller, call, reply, None);
         }
         self.enact(caller, call, reply, decision);
@@ -121,16 +125,16 @@ impl Core {
         match decision.outcome {
             Outcome::Proceed => self.proceed(caller, call, reply, None),
             Outcome::Drop(firing) => self.proceed(caller, call, reply, Some(firing)),
-            Outcome::Error(errno, firing) => self.fail(&caller, call, reply, errno, &firing),
+            Outcome::Error(errno, firing) => self.fail(&caller, call, reply, errno, &firing, false),
         }
     }
 
     /// Tells an error that a rule decided, and sees to it that the program meets it exactly once.
-    fn fail(&self, caller: &Caller, call: Call<'_>, reply: Reply, errno: i32, firing: &Firing) {
+    fn fail(&self, caller: &Caller, call: Call<'_>, reply: Reply, errno: i32, firing: &Firing, repeat: bool) {
         if let Some(piece) = self.piece(caller, &call) {
             self.holds.told(&piece, errno, firing);
         }
-        self.inject(caller, &call, firing, Told { errno: Some(errno), ..Told::default() });
+        self.inject(caller, &call, firing, Told { errno: Some(errno), repeat, ..Told::default() });
         if let Call::Release { .. } | Call::Releasedir { .. } = call {
             // The kernel ignores the error, and the handle is gone either way.
             let _ = self.perform(caller, &call, None, &mut Reply::None);
@@ -150,8 +154,7 @@ impl Core {
         };
         self.ring.wake();
         if let Err(parked) = self.parking.park(parked) {
-            // At the end of a mount nothing is parked any more, and that is no news.
-            if !self.parking.is_closed() {
+            if self.parking.is_full() {
                 tracing::warn!(limit = super::park::MOST, "no more requests can be parked: one goes on at once");
             }
             self.go_on(*parked, Ended::Removed);
@@ -177,17 +180,10 @@ impl Core {
             && how == Ended::Released
             && let Then::Error(errno) = then
         {
-            return self.fail_after_stall(&caller, call, reply, errno, &firing);
+            // The injection was told when the stall began; this is its end.
+            return self.fail(&caller, call, reply, errno, &firing, true);
         }
         self.enact(caller, call, reply, decision);
-    }
-
-    /// The injection was told when the stall began; that it ended in an error is another event.
-    fn fail_after_stall(&self, caller: &Caller, call: Call<'_>, reply: Reply, errno: i32, firing: &Firing) {
-        let told = Told { errno: Some(errno), repeat: true, ..Told::default() };
-        self.inject(caller, &call, firing, told);
-        reply.error(errno);
-        self.ring.wake();
     }
 
     /// Past all rules: does it, here or where waiting is harmless.
@@ -224,6 +220,12 @@ impl Core {
         }
     }
 
+    fn note_passed(&self, caller: &Caller, call: &Call<'_>) {
+        if let Some(piece) = self.piece(caller, call) {
+            self.holds.passed(&piece);
+        }
+    }
+
     /// A read or a write as holds look at it.
     fn piece(&self, caller: &Caller, call: &Call<'_>) -> Option<Piece> {
         let (flags, writeback) = match call {
@@ -240,6 +242,7 @@ impl Core {
             range: offset..offset.saturating_add(length.max(1)),
             cached: file.cached && flags & libc::O_DIRECT == 0,
             writeback,
+            append: call.op() == Op::Write && flags & libc::O_APPEND != 0,
         })
     }
 
@@ -262,10 +265,10 @@ impl Core {
     pub fn inject_space(&self, caller: &Caller, call: &Call<'_>, done: Option<u64>, errno: Option<i32>) {
         let (mode, space) = (self.arming.mode().1, &self.arming.space);
         let by_mode = mode.as_ref().filter(|rule| rule.fault == Fault::Full && self.capacity.is_full_by_mode());
-        let counters = by_mode.map_or(space, |rule| &rule.counters);
+        let counters = &by_mode.unwrap_or(space).counters;
         counters.matches.fetch_add(1, Relaxed);
         let nth = counters.injections.fetch_add(1, Relaxed) + 1;
-        let rule = by_mode.map_or_else(|| "space".into(), |rule| rule.name.clone());
+        let rule = by_mode.unwrap_or(space).name.clone();
         self.ring.inject(Injection { rule, kind: "space", errno, done, nth, ..self.describe(caller, call) });
     }
 
@@ -287,6 +290,13 @@ impl Core {
             worker: worker_number(),
             ..Injection::default()
         }
+    }
+
+    /// Does a request for this file wait?
+    pub fn is_parked(&self, ino: u64) -> bool {
+        let mut parked = false;
+        self.parking.each(|_, one| parked |= one.pending.call.ino() == ino);
+        parked
     }
 
     /// How long the kernel may keep an answer. While a rule could concern what it keeps, not at all.

@@ -39,16 +39,16 @@ pub fn fit(
     let length = range.end - range.start;
     let wanted = range.start / block * block..range.end.next_multiple_of(block);
     let end = (stat.st_size as u64).next_multiple_of(block);
-    let covered = stat.st_blocks as u64 * 512 >= end;
-    if covered && wanted.end <= end {
+    let blocks = stat.st_blocks as u64 * 512;
+    // As many blocks as the size needs: a file without holes, and nothing beyond. More may lie beyond the end, with
+    // holes below it.
+    if blocks == end && wanted.end <= end {
         return Ok(Fit { need: 0, length });
     }
     let mut there = preallocated.clone();
-    // A file without holes needs no look below its end.
-    if covered {
+    if blocks == end {
         there.add(0..end);
-    }
-    if !covered || stat.st_blocks as u64 * 512 > end {
+    } else {
         allocated(fd, wanted.clone(), end, &mut there)?;
     }
     Ok(cut(range, block, free, &there.gaps(wanted)))
@@ -126,6 +126,9 @@ mod tests {
         file.write_all_at(&[1; 4096], 8192).unwrap();
         assert_eq!(fit_of(&file, 8192..12288, 0).need, 0);
         assert_eq!(fit_of(&file, 0..12288, 4096), Fit { need: 8192, length: 4096 });
+        let beyond = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        nix::fcntl::fallocate(&file, beyond, 1 << 20, 1 << 20).unwrap();
+        assert_eq!(fit_of(&file, 0..4096, 0).need, 4096, "what lies beyond the end is not in the hole");
         let whole = nix::fcntl::FallocateFlags::empty();
         nix::fcntl::fallocate(&file, whole, 0, 1 << 20).unwrap();
         assert_eq!(fit_of(&file, 0..1 << 20, 0).need, 0);

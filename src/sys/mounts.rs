@@ -4,9 +4,11 @@
 //! Thread: the caller's, never a reader. Locks: none. Must never: look at a mountpoint, except in `is_disconnected`,
 //! whose look is made by a thread that nobody waits for longer than two seconds.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -43,9 +45,9 @@ impl Mount {
     }
 }
 
-/// All mounts that this process can see.
+/// All mounts that this process can see. Names may be any bytes.
 pub fn all() -> io::Result<Vec<Mount>> {
-    Ok(parse(&fs::read_to_string("/proc/self/mountinfo")?))
+    Ok(parse(&fs::read("/proc/self/mountinfo")?))
 }
 
 /// The uppermost mount at a place, by its resolved absolute path.
@@ -53,27 +55,38 @@ pub fn at(path: &Path) -> io::Result<Option<Mount>> {
     Ok(all()?.into_iter().rev().find(|mount| mount.mountpoint == path))
 }
 
-fn parse(table: &str) -> Vec<Mount> {
-    table.lines().filter_map(parse_line).collect()
+fn parse(table: &[u8]) -> Vec<Mount> {
+    table.split(|byte| *byte == b'\n').filter_map(parse_line).collect()
 }
 
 /// Reads `36 35 0:52 / /mnt rw,… shared:1 - fuse.nemesisfs nemesisfs:n1 rw,…`; see proc_pid_mountinfo(5).
-fn parse_line(line: &str) -> Option<Mount> {
-    let (place, what) = line.split_once(" - ")?;
-    let place: Vec<&str> = place.split(' ').collect();
-    let mut what = what.split(' ');
-    let (_, minor) = place.get(2)?.split_once(':')?;
+fn parse_line(line: &[u8]) -> Option<Mount> {
+    let words: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+    let dash = words.iter().position(|word| *word == b"-")?;
+    let text = |word: &[u8]| String::from_utf8_lossy(&unescape(word)).into_owned();
+    let device = text(words.get(2)?);
     Some(Mount {
-        minor: minor.parse().ok()?,
-        mountpoint: unescape(place.get(4)?).into(),
-        filesystem: what.next()?.to_owned(),
-        source: unescape(what.next()?),
+        minor: device.split_once(':')?.1.parse().ok()?,
+        mountpoint: OsString::from_vec(unescape(words.get(4)?)).into(),
+        filesystem: text(words.get(dash + 1)?),
+        source: text(words.get(dash + 2)?),
     })
 }
 
 /// The kernel writes space, tab, newline and backslash as three octal digits.
-fn unescape(word: &str) -> String {
-    word.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+fn unescape(word: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(word.len());
+    let mut rest = word;
+    while let Some((first, tail)) = rest.split_first() {
+        let digits = tail.get(..3).filter(|_| *first == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
+        let (byte, left) = match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => (byte, &tail[3..]),
+            None => (*first, tail),
+        };
+        plain.push(byte);
+        rest = left;
+    }
+    plain
 }
 
 /// Mounts a FUSE filesystem of ours with every permission check left to the kernel, for all users; gives the
@@ -154,7 +167,7 @@ mod tests {
 
     #[test]
     fn a_mount_of_ours_is_known_by_its_type_and_names_its_instance() {
-        let mounts = parse(TABLE);
+        let mounts = parse(TABLE.as_bytes());
         assert_eq!(mounts.iter().map(Mount::instance).collect::<Vec<_>>(), [None, Some("n1"), None]);
         assert_eq!(mounts[1].mountpoint, Path::new("/mnt/with space"));
         assert_eq!(mounts[1].minor, 57);
@@ -162,7 +175,7 @@ mod tests {
 
     #[test]
     fn optional_fields_of_the_mount_table_do_not_shift_the_others() {
-        assert_eq!(parse(TABLE)[2].source, "sshfs");
-        assert_eq!(parse("rubbish\n\n"), []);
+        assert_eq!(parse(TABLE.as_bytes())[2].source, "sshfs");
+        assert_eq!(parse(b"rubbish\n\n\xff"), []);
     }
 }

@@ -223,3 +223,20 @@ fn the_command_line_follows_the_stream() {
     mounted.end();
     assert_eq!(follower.wait().unwrap().code(), Some(0), "it ends with the daemon");
 }
+
+#[test]
+fn waiting_tells_of_this_rule_and_not_of_another_that_had_its_name() {
+    let mounted = armed();
+    inject(&mounted, 1);
+    mounted.cli(&["rule", "rm", "eio"]);
+    mounted.error_rule("eio", "write", "/f", "EIO", None);
+    assert_eq!(mounted.http("GET", "/v1/rules/eio/wait?for=100ms", None).body["fired"], false);
+    mounted.error_rule("once", "write", "/once", "EIO", Some(1));
+    File::create(mounted.path("once")).unwrap().write_at(b"x", 0).unwrap_err();
+    inject(&mounted, 17_000);
+    let answer = mounted.http("GET", "/v1/rules/once/wait?for=5s", None).body;
+    assert_eq!((answer["fired"].as_bool(), answer["event"].is_null()), (Some(true), true), "the ring has lost it");
+    let far = format!("{}-{}", mounted.http("GET", "/v1/version", None).body["boot_id"].as_str().unwrap(), u64::MAX);
+    assert_eq!(mounted.http("GET", &format!("/v1/events?follow=false&since={far}"), None).status, 200);
+    mounted.end();
+}

@@ -226,6 +226,110 @@ fn so_many_firings_are_so_many_errors() {
     }
 }
 
+/// Runs a Python program on a path; gives what it printed.
+fn python(script: &str, path: &std::path::Path) -> String {
+    let said = Command::new("python3").args(["-c", script]).arg(path).output().unwrap();
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    String::from_utf8_lossy(&said.stdout).trim().to_string()
+}
+
+/// Appends tell no offset, and vectors no length: the program still meets one error, at the start of some call.
+#[test]
+fn one_error_is_one_for_appends_and_vectors() {
+    let append = "import os,sys\nfd=os.open(sys.argv[1],os.O_WRONLY|os.O_APPEND)\nn=0\n\
+        for i in range(5):\n\
+        \x20try: os.write(fd,b'x'*10000)\n\
+        \x20except OSError as e: n+=1\n\
+        print(n)";
+    let vector = "import os,sys\nfd=os.open(sys.argv[1],os.O_WRONLY)\nn=0\nat=0\n\
+        while at<3<<20 and n<6:\n\
+        \x20try: at+=os.pwritev(fd,[b'x'*((3<<20)-at)],at)\n\
+        \x20except OSError as e: n+=1\n\
+        print(n)";
+    for (script, skip) in [(append, 0), (append, 2), (vector, 0), (vector, 1)] {
+        let mounted = Mounted::new();
+        prepared(&mounted, "f", 100);
+        mounted.rule(
+            "once",
+            json!({
+                "match": {"ops": ["write"], "path": "/f"}, "trigger": {"skip": skip, "times": 1},
+                "fault": {"kind": "error", "errno": "EIO"},
+            }),
+        );
+        assert_eq!(python(script, &mounted.path("f")), "1", "skip {skip}");
+        mounted.end();
+    }
+}
+
+/// Threads that wait for one page are served in any order: one of them gets the error.
+#[test]
+fn one_error_is_one_among_threads_that_read_the_same_page() {
+    let script = "import os,sys,threading\nfd=os.open(sys.argv[1],os.O_RDONLY)\ne=[]\nb=threading.Barrier(4)\n\
+        def r():\n\
+        \x20b.wait()\n\
+        \x20try: os.pread(fd,4096,8192)\n\
+        \x20except OSError as x: e.append(x)\n\
+        t=[threading.Thread(target=r) for i in range(4)]\n\
+        [x.start() for x in t]\n[x.join() for x in t]\nprint(len(e))";
+    for _ in 0..5 {
+        let mounted = Mounted::new();
+        prepared(&mounted, "f", 1 << 16);
+        mounted.error_rule("once", "read", "/f", "EIO", Some(1));
+        assert_eq!(python(script, &mounted.path("f")), "1");
+        mounted.end();
+    }
+}
+
+#[test]
+fn pages_that_a_failed_read_left_behind_are_remembered_until_they_are_read() {
+    let mounted = Mounted::new();
+    prepared(&mounted, "f", 1 << 16);
+    mounted.error_rule("twice", "read", "/f", "EIO", Some(2));
+    let file = File::open(mounted.path("f")).unwrap();
+    let mut page = [0; 4096];
+    let mut failed = Vec::new();
+    for pause in [0, 1300, 0, 0] {
+        std::thread::sleep(Duration::from_millis(pause));
+        failed.push(file.read_at(&mut page, 8192).is_err());
+    }
+    assert_eq!(failed, [true, true, false, false]);
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn a_rule_that_is_removed_owes_nothing() {
+    let mounted = Mounted::new();
+    let file = File::create(mounted.path("f")).unwrap();
+    mounted.rule(
+        "once",
+        json!({
+            "match": {"ops": ["write"]}, "trigger": {"skip": 1, "times": 1},
+            "fault": {"kind": "error", "errno": "EIO"},
+        }),
+    );
+    let data = vec![1; 3 << 20];
+    let written = file.write_at(&data, 0).unwrap();
+    assert_eq!(written, 1 << 20, "short: the second piece failed");
+    mounted.cli(&["rule", "rm", "once"]);
+    file.write_all_at(&data[written..], written as u64).unwrap();
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn a_drop_fires_only_on_what_can_be_lost() {
+    let mounted = Mounted::new();
+    prepared(&mounted, "f", 100);
+    mounted.rule("lose", json!({"match": {"ops": ["data", "setattr"]}, "fault": {"kind": "drop"}}));
+    std::fs::read(mounted.path("f")).unwrap();
+    Command::new("chmod").arg("600").arg(mounted.path("f")).status().unwrap();
+    assert!(mounted.injections("lose").is_empty());
+    OpenOptions::new().write(true).open(mounted.path("f")).unwrap().set_len(10).unwrap();
+    assert_eq!(mounted.injections("lose").len(), 1);
+    mounted.end();
+}
+
 #[test]
 fn a_rule_is_in_force_for_what_the_kernel_has_cached() {
     let mounted = Mounted::new();

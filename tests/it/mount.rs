@@ -24,8 +24,8 @@ fn signal(mounted: &Mounted, signal: Signal) {
 }
 
 fn is_mounted(path: &Path) -> bool {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-    table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+    let table = std::fs::read("/proc/self/mountinfo").unwrap();
+    String::from_utf8_lossy(&table).lines().any(|line| line.split(' ').nth(4) == path.to_str())
 }
 
 #[test]
@@ -134,6 +134,70 @@ fn what_cannot_go_well_is_refused_with_its_reason() {
     assert_eq!(program(&run, &["mount", &other, &other, "-o", "sude"]).code, 2);
     drop(busy);
     std::fs::write(mounted.path("a"), "the first is untouched").unwrap();
+    mounted.end();
+}
+
+/// What is in the way of our socket is not ours to remove.
+#[test]
+fn a_socket_path_that_is_taken_is_left_alone() {
+    let mounted = Mounted::new();
+    let other = mounted.aside("other").display().to_string();
+    let precious = mounted.run_dir().join("precious");
+    std::fs::write(&precious, "precious").unwrap();
+    for taken in [&precious, &mounted.socket] {
+        let taken = taken.display().to_string();
+        let words = ["mount", &other, &other, "--instance", "second", "--socket", &taken];
+        let said = program(&mounted.run_dir(), &words);
+        assert!(said.code == 1 && said.err.contains("socket"), "{said:?}");
+    }
+    assert_eq!(std::fs::read_to_string(&precious).unwrap(), "precious");
+    assert_eq!(mounted.http("GET", "/v1/version", None).status, 200);
+    mounted.end();
+}
+
+#[test]
+fn a_name_that_is_not_utf8_is_refused_for_our_mountpoint_and_harmless_as_another() {
+    use std::os::unix::ffi::OsStrExt;
+    let mounted = Mounted::new();
+    let odd = mounted.aside("other").join(std::ffi::OsStr::from_bytes(b"we ird\xff\n\\dir"));
+    std::fs::create_dir(&odd).unwrap();
+    let mut command = Command::new(PROGRAM);
+    let refused: Said =
+        command.arg("mount").args([&odd, &odd]).env("NEMESISFS_RUNDIR", mounted.run_dir()).output().unwrap().into();
+    assert!(refused.code == 1 && refused.err.contains("UTF-8"), "{refused:?}");
+    let none: Option<&str> = None;
+    nix::mount::mount(Some("tmpfs"), &odd, Some("tmpfs"), nix::mount::MsFlags::empty(), none).unwrap();
+    let listed = mounted.try_cli(&["list"]);
+    nix::mount::umount(&odd).unwrap();
+    assert_eq!(listed.code, 0, "{listed:?}");
+    mounted.end();
+}
+
+#[test]
+fn a_symlink_is_no_way_around_the_one_instance_a_directory() {
+    let mounted = Mounted::new();
+    let link = mounted.aside("other").join("link");
+    std::os::unix::fs::symlink(&mounted.backing, &link).unwrap();
+    let (link, free) = (link.display().to_string(), mounted.aside("free").display().to_string());
+    let second = program(&mounted.run_dir(), &["mount", &link, &free, "--instance", "second"]);
+    assert!(second.code == 1 && second.err.contains("served by"), "{second:?}");
+    mounted.end();
+}
+
+#[test]
+fn times_are_what_they_would_be_without_us() {
+    let mounted = Mounted::new();
+    let script = "import os,sys\n\
+        p=sys.argv[1]+'/f'; open(p,'w').close()\n\
+        for ns in (0,1,-1,-500_000_000,-1_000_000_001,2**40*10**6,-2**31*10**9):\n\
+        \x20os.utime(p,ns=(ns,ns)); print(os.stat(p).st_mtime_ns)\n\
+        os.utime(p,times=(-2**63,-2**63)); print(os.stat(p).st_mtime)";
+    let times = |dir: &Path| {
+        let said: Said = Command::new("python3").args(["-c", script]).arg(dir).output().unwrap().into();
+        assert_eq!(said.code, 0, "{said:?}");
+        said.out
+    };
+    assert_eq!(times(&mounted.mountpoint), times(&mounted.aside("bare")));
     mounted.end();
 }
 

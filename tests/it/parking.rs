@@ -290,3 +290,86 @@ fn what_could_not_be_cleaned_in_time_is_told() {
     });
     mounted.end();
 }
+
+/// Between a decision and its parking the rule may go: then nothing is held by it.
+#[test]
+fn nothing_stays_parked_by_a_rule_that_is_gone() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "f");
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = std::fs::File::options().write(true).open(&path).unwrap().set_len(16_384);
+                }
+            });
+        }
+        for _ in 0..150 {
+            mounted.rule("st", json!({"match": {"ops": ["open", "truncate"]}, "fault": {"kind": "stall"}}));
+            mounted.http("DELETE", "/v1/rules/st", None);
+        }
+        eventually_parked(&mounted, 0);
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    mounted.rule("lat", json!({"match": {"ops": ["write"]}, "fault": {"kind": "latency", "delay": "400ms"}}));
+    mounted.rule("st", json!({"match": {"ops": ["write"]}, "fault": {"kind": "stall"}}));
+    let write = hanging(move || OpenOptions::new().write(true).open(path)?.write_all(b"x"));
+    eventually_parked(&mounted, 1);
+    mounted.cli(&["rule", "rm", "st"]);
+    write.join().unwrap().unwrap();
+    mounted.end();
+}
+
+#[test]
+fn a_set_that_disables_a_stall_lets_go_what_it_holds() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "f");
+    let mut rule = json!({"name": "st", "match": {"ops": ["write"]}, "fault": {"kind": "stall"}});
+    mounted.http("PUT", "/v1/rules", Some(&json!({"rules": [rule]})));
+    let write = hanging(move || OpenOptions::new().write(true).open(path)?.write_all(b"x"));
+    eventually_parked(&mounted, 1);
+    rule["enabled"] = false.into();
+    mounted.http("PUT", "/v1/rules", Some(&json!({"rules": [rule]})));
+    write.join().unwrap().unwrap();
+    mounted.end();
+}
+
+#[test]
+fn a_stall_that_ends_in_an_error_reaches_a_buffered_read_and_closes_what_is_released() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "f");
+    let stall = |op: &str| {
+        let fault = json!({"kind": "stall", "then": "error"});
+        mounted.rule("st", json!({"match": {"ops": [op]}, "trigger": {"times": 1}, "fault": fault}));
+    };
+    stall("read");
+    let read_path = path.clone();
+    let read = hanging(move || File::open(read_path)?.read_exact_at(&mut [0; 4096], 0));
+    eventually_parked(&mounted, 1);
+    mounted.cli(&["rule", "release", "st"]);
+    assert_eq!(read.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
+    stall("release");
+    drop(File::open(&path).unwrap());
+    eventually_parked(&mounted, 1);
+    mounted.cli(&["rule", "release", "st"]);
+    eventually("its handle is closed", || mounted.http("GET", "/v1/health", None).body["open_files"] == 0);
+    mounted.end();
+}
+
+#[test]
+fn eviction_does_not_keep_its_client_waiting_for_a_parked_read() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "f");
+    mounted.rule("lose", json!({"match": {"ops": ["write"]}, "fault": {"kind": "drop"}}));
+    OpenOptions::new().write(true).open(&path).unwrap().write_all(b"lost").unwrap();
+    stall(&mounted, "read", "/f");
+    let read = hanging(move || std::fs::read(path));
+    eventually_parked(&mounted, 1);
+    let answer = mounted.http("POST", "/v1/evict", Some(&json!({})));
+    assert_eq!(answer.body["pending"].as_array().map(Vec::len), Some(1), "{answer:?}");
+    mounted.cli(&["rule", "rm", "hang"]);
+    drop(read.join().unwrap());
+    eventually("the event of the eviction", || mounted.events().iter().any(|event| event["action"] == "evicted"));
+    mounted.end();
+}

@@ -181,3 +181,30 @@ fn a_rule_on_grow_fires_only_for_writes_that_need_space() {
     drop(file);
     mounted.end();
 }
+
+#[test]
+fn what_has_blocks_of_its_own_is_taken_before_it_is_freed() {
+    let mounted = Mounted::new();
+    mounted.cli(&["space", "virtual", "--free", "1MiB"]);
+    let free = || mounted.http("GET", "/v1/space", None).body["virtual"]["free"].as_u64().unwrap();
+    for _ in 0..20 {
+        std::os::unix::fs::symlink("x".repeat(500), mounted.path("l")).unwrap();
+        std::fs::remove_file(mounted.path("l")).unwrap();
+    }
+    assert_eq!(free(), 1 << 20);
+    let script = "import os,sys; p=sys.argv[1]; open(p,'w').close(); os.setxattr(p,'user.a',b'x'*3000); os.unlink(p)";
+    assert!(Command::new("python3").args(["-c", script]).arg(mounted.path("f")).status().unwrap().success());
+    crate::support::eventually("the last close", || free() == 1 << 20);
+    mounted.end();
+}
+
+#[test]
+fn the_rule_space_can_be_seen_and_waited_for() {
+    let mounted = Mounted::new();
+    full(&mounted);
+    assert_eq!(errno(File::create(mounted.path("a")).unwrap().write_at(b"x", 0)), Some(libc::ENOSPC));
+    let said = mounted.cli(&["rule", "wait", "space", "--for", "5s"]);
+    assert!(said.contains("ENOSPC"), "{said}");
+    assert!(mounted.cli(&["rule", "list"]).contains("space"));
+    mounted.end();
+}

@@ -54,8 +54,16 @@ impl Core {
         let parent = self.tree.get(parent)?;
         let dir = parent.path_fd()?;
         let mode = Mode::from_bits_truncate(creation.mode & 0o7777);
+        let counted = self.capacity.is_set();
+        let before = if counted { stat(&dir)?.st_blocks } else { 0 };
         ids::with_umask(creation.umask, || ids::as_caller(caller.uid, caller.gid, || act(dir.as_fd(), name, mode)))?;
-        self.entry(&parent, name)
+        let entry = self.entry(&parent, name)?;
+        if counted {
+            // A directory may have grown by the name; directories and long symlinks have blocks of their own.
+            let grown = (stat(&dir)?.st_blocks - before).max(0) as u64;
+            self.capacity.taken(grown + entry.attr.blocks);
+        }
+        Ok(entry)
     }
 
     pub(super) fn mknod(
@@ -90,9 +98,6 @@ impl Core {
         let entry = self.make(caller, parent, name, Creation { mode, umask }, |dir, name, mode| {
             nix::sys::stat::mkdirat(dir, name, mode)
         })?;
-        if self.capacity.is_set() {
-            self.capacity.taken(entry.attr.blocks);
-        }
         Ok(Answer::Entry(entry))
     }
 
@@ -206,18 +211,31 @@ impl Core {
     pub(super) fn readdirplus(&self, fh: u64, offset: u64, reply: &mut Reply) -> io::Result<Answer> {
         let directory = self.files.directory(fh)?;
         let own = stat(&directory.file)?;
-        self.each_entry(&directory, offset, |listed| {
+        let (mut failed, mut listed_any) = (None, false);
+        let answer = self.each_entry(&directory, offset, |listed| {
             if listed.name == "." || listed.name == ".." {
                 return reply.add_plus(&self.dot(&directory.inode, &own, listed), listed.next as u64, listed.name);
             }
-            // A name that is gone by now is not in the directory.
-            let Ok(entry) = self.entry(&directory.inode, listed.name) else { return false };
+            let entry = match self.entry(&directory.inode, listed.name) {
+                Ok(entry) => entry,
+                // A name that is gone by now is not in the directory; what cannot be looked at ends the answer here.
+                Err(error) => {
+                    let gone = error.kind() == io::ErrorKind::NotFound;
+                    failed = if gone { None } else { Some(error) };
+                    return !gone;
+                }
+            };
+            listed_any = true;
             let full = reply.add_plus(&entry, listed.next as u64, listed.name);
             if full {
                 self.tree.forget(entry.attr.ino.0, 1);
             }
             full
-        })
+        });
+        match failed {
+            Some(error) if !listed_any => Err(error),
+            _ => answer,
+        }
     }
 
     /// `.` and `..` take no reference; the kernel uses their number and type only.
