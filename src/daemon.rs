@@ -39,16 +39,18 @@ const LINGER: Duration = Duration::from_secs(10);
 /// `list` and `umount` hold the lock of a state file for an instant to see whether it is held.
 const LOCK_TRIES: u32 = 20;
 
-/// What to mount, decided in every respect.
-#[derive(Debug)]
+/// What to mount, decided in every respect: paths are absolute, names chosen.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     pub backing: PathBuf,
     pub mountpoint: PathBuf,
     pub instance: String,
     pub run_dir: PathBuf,
     pub socket: PathBuf,
+    /// The log file, which standard error is by now; none in the foreground without one.
     pub log: Option<PathBuf>,
-    /// Rules in force from the first request on, in the form of the API.
+    pub rules_file: Option<PathBuf>,
+    /// The rules of that file, in force from the first request on: in the form of the API, not yet checked.
     pub rules: Vec<Value>,
     pub readers: Option<u16>,
     pub seed: Option<u64>,
@@ -86,7 +88,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
         .map_err(|refused| with_hint(refused.reason, refused.hint))?;
     keep_out_of_mount(&options, &places)?;
     let core = open_backing(&places, options.seed)?;
-    arm(&core, &options.rules)?;
+    arm(&core, &options)?;
     let (listener, socket) = listen(&options.socket)?;
     let mounted = Mounted::new(&core, &options, &places)?;
     let identity = mounted.identity(&options, &places);
@@ -209,16 +211,14 @@ fn random() -> u64 {
 }
 
 /// Rules that are in force from the first request on.
-fn arm(core: &Core, rules: &[Value]) -> Result<(), Failure> {
-    if rules.is_empty() {
-        return Ok(());
-    }
+fn arm(core: &Core, options: &Options) -> Result<(), Failure> {
+    let Some(file) = &options.rules_file else { return Ok(()) };
     let refuse = |problems: Vec<crate::fault::Problem>| {
         let first = problems.into_iter().next();
         let (detail, hint) = first.map_or_else(Default::default, |problem| (problem.detail, problem.hint));
-        Failure { hint, ..failure(format!("rules: {detail}")) }
+        Failure { hint, ..failure(format!("{}: {detail}", file.display())) }
     };
-    let specs = document::rules(json!({"rules": rules})).map_err(|problem| refuse(vec![problem]))?;
+    let specs = document::rules(json!({"rules": options.rules})).map_err(|problem| refuse(vec![problem]))?;
     core.arming.replace(specs, core.ring.now_ns()).map(drop).map_err(refuse)
 }
 

@@ -24,7 +24,7 @@ use serde_json::Value;
 
 use crate::client::instances::{self, lexical};
 use crate::client::{ClientError, exit};
-use crate::daemon;
+use crate::daemon::{self, Options};
 
 use super::rule;
 use super::session::World;
@@ -67,38 +67,8 @@ pub struct MountArgs {
     ready_fd: Option<i32>,
 }
 
-/// A mount that is decided in every respect: paths are absolute, names chosen.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Prepared {
-    pub backing: PathBuf,
-    pub mountpoint: PathBuf,
-    pub instance: String,
-    pub run_dir: PathBuf,
-    pub socket: PathBuf,
-    /// The log file, which standard error is by now; none with `--foreground` without `--log`.
-    pub log: Option<PathBuf>,
-    pub rules_file: Option<PathBuf>,
-    /// The rules of that file, in the form of the API, not yet checked.
-    pub rules: Vec<Value>,
-    pub readers: Option<u16>,
-    pub seed: Option<u64>,
-    pub options: Vec<String>,
-}
-
 /// Mounts and serves until the mount has ended.
-fn serve(prepared: Prepared, report: &Report) -> u8 {
-    let options = daemon::Options {
-        backing: prepared.backing,
-        mountpoint: prepared.mountpoint,
-        instance: prepared.instance,
-        run_dir: prepared.run_dir,
-        socket: prepared.socket,
-        log: prepared.log,
-        rules: prepared.rules,
-        readers: prepared.readers,
-        seed: prepared.seed,
-        mount_options: prepared.options,
-    };
+fn serve(options: Options, report: &Report) -> u8 {
     match daemon::run(options, |line| report.ready(line)) {
         Ok(()) => exit::DONE,
         Err(failure) => report.failed(failure.exit, &failure.error, failure.hint.as_deref()),
@@ -239,7 +209,7 @@ fn parent(world: &World, args: &MountArgs) -> Result<u8, ClientError> {
 }
 
 /// Decides all that was left open.
-fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Prepared, ClientError> {
+fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Options, ClientError> {
     let mountpoint = lexical(&args.mountpoint);
     let instance = match &args.instance {
         Some(name) => name.clone(),
@@ -261,7 +231,7 @@ fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Prepared, ClientError> {
         None => Vec::new(),
         Some(file) => rules_of(file)?,
     };
-    Ok(Prepared {
+    Ok(Options {
         backing: lexical(&args.backing),
         mountpoint,
         instance,
@@ -272,7 +242,7 @@ fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Prepared, ClientError> {
         rules,
         readers: args.readers,
         seed: args.seed,
-        options: args.options.clone(),
+        mount_options: args.options.clone(),
     })
 }
 
@@ -327,7 +297,7 @@ fn cannot_open(log: &Path, error: &io::Error) -> ClientError {
 }
 
 /// The words of the child's command line.
-fn child_words(prepared: &Prepared, ready_fd: i32) -> Vec<std::ffi::OsString> {
+fn child_words(prepared: &Options, ready_fd: i32) -> Vec<std::ffi::OsString> {
     let mut words: Vec<std::ffi::OsString> = vec!["mount".into()];
     let mut flag = |name: &str, value: std::ffi::OsString| words.extend([name.into(), value]);
     flag("--instance", prepared.instance.clone().into());
@@ -343,8 +313,8 @@ fn child_words(prepared: &Prepared, ready_fd: i32) -> Vec<std::ffi::OsString> {
     if let Some(seed) = prepared.seed {
         flag("--seed", seed.to_string().into());
     }
-    if !prepared.options.is_empty() {
-        flag("-o", prepared.options.join(",").into());
+    if !prepared.mount_options.is_empty() {
+        flag("-o", prepared.mount_options.join(",").into());
     }
     flag("--ready-fd", ready_fd.to_string().into());
     words.extend(["--".into(), prepared.backing.clone().into(), prepared.mountpoint.clone().into()]);
@@ -352,7 +322,7 @@ fn child_words(prepared: &Prepared, ready_fd: i32) -> Vec<std::ffi::OsString> {
 }
 
 /// Starts this program again. The only end of the pipe that stays open here is the one for reading.
-fn start(prepared: &Prepared) -> io::Result<(OwnedFd, Child)> {
+fn start(prepared: &Options) -> io::Result<(OwnedFd, Child)> {
     let log = open_log(prepared.log.as_deref().unwrap_or(Path::new("/dev/null")))?;
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     fcntl(&writer, FcntlArg::F_SETFD(FdFlag::empty()))?;
