@@ -1,7 +1,7 @@
 //! The daemon: from the options to a mount that serves, and to its end.
 //!
-//! Runs on the main thread, which then waits: for a signal, for a client that wants the mount to end, or for the end
-//! of the session. Threads: the readers (fuser's), workers and helpers as they are needed, the clock, the control thread.
+//! Runs on the main thread, which then waits: for a signal, for a client that wants the mount to end, or for the end of
+//! the session. Threads: the readers (fuser's), workers and helpers as they are needed, the clock, the control thread.
 //! Whatever is started here is stopped here, in the opposite order, from every state.
 
 use std::fs::{File, OpenOptions};

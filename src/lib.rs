@@ -32,8 +32,8 @@
 //! # Locks
 //!
 //! All are held for a few instructions, alone, and never across a system call. One exception: a file's undo log stays
-//! locked while old bytes are saved and overwritten, because nobody may write them in between. The control thread takes no lock that is
-//! ever held across a system call, but for that of `/v1/space`, which is its own.
+//! locked while old bytes are saved and overwritten, because nobody may write them in between. The control thread takes
+//! no lock that is ever held across a system call, but for that of `/v1/space`, which is its own.
 //!
 //! # The life of one write
 //!

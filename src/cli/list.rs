@@ -1,7 +1,7 @@
 //! `list`: the instances of this host and their state, and mounts that no living instance serves.
 //!
-//! Thread: one for each instance while it is asked. Locks: those of the state files, for an instant. Must never: look at
-//! a mountpoint, for a dead or hanging one would keep the list from being told.
+//! Thread: one for each instance while it is asked. Locks: those of the state files, for an instant. Must never: look
+//! at a mountpoint, for a dead or hanging one would keep the list from being told.
 
 use std::path::Path;
 use std::time::Duration;

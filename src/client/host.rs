@@ -1,6 +1,7 @@
 //! Which instances a command is for: `-H`, or the environment, or the only one that lives here.
 //!
-//! Thread: the caller's. Locks: those of `instances`, for an instant. Must never: connect to anything, or touch a mount.
+//! Thread: the caller's. Locks: those of `instances`, for an instant. Must never: connect to anything, or touch a
+//! mount.
 
 use std::fmt;
 use std::path::{Path, PathBuf};

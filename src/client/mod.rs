@@ -80,7 +80,8 @@ impl Client {
         Ok(Client { host, connect_timeout, answer_timeout: Some(ANSWER_TIMEOUT), runtime })
     }
 
-    /// The same client with another limit for each answer; `None` waits until the daemon answers or the connection ends.
+    /// The same client with another limit for each answer; `None` waits until the daemon answers or the connection
+    /// ends.
     #[must_use]
     pub fn answer_within(mut self, limit: Option<Duration>) -> Self {
         self.answer_timeout = limit;

@@ -1,8 +1,8 @@
 //! The socket: HTTP/1.1 on a Unix socket, and the stream of events.
 //!
 //! One thread of its own, a single-threaded tokio runtime, never in the hot path. It never touches the mount and takes
-//! no lock that a reader holds across a system call, so it answers while everything else hangs; what could wait (making the
-//! kernel forget, evicting, counting a tree, unmounting) is done by helper threads that it awaits.
+//! no lock that a reader holds across a system call, so it answers while everything else hangs; what could wait (making
+//! the kernel forget, evicting, counting a tree, unmounting) is done by helper threads that it awaits.
 //!
 //! One file for each resource: bytes in, a call of the filesystem's own functions, a document out.
 

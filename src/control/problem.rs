@@ -60,7 +60,8 @@ impl Problem {
     }
 }
 
-/// Everything that is wrong with rules. What is only not built yet has a code of its own, unless something else is wrong too.
+/// Everything that is wrong with rules. What is only not built yet has a code of its own, unless something else is
+/// wrong too.
 impl From<Vec<fault::Problem>> for Problem {
     fn from(problems: Vec<fault::Problem>) -> Problem {
         let code = if problems.iter().all(|problem| problem.not_yet) { "not_yet" } else { "rule_invalid" };

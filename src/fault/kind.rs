@@ -1,6 +1,7 @@
 //! The kinds of fault: one table of their words and attributes, and the compiled forms.
 //!
-//! Pure data: any thread, no locks. The table drives the checks and the suggestions; a new kind begins with a line here.
+//! Pure data: any thread, no locks. The table drives the checks and the suggestions; a new kind begins with a line
+//! here.
 
 /// What the contract says of one kind.
 pub struct Kind {

@@ -1,9 +1,10 @@
 //! The clock: one thread that lets delayed requests go when their time has come, ends the lives of rules, and lets
 //! the callers of parked requests die.
 //!
-//! FUSE holds a killed caller until its request is answered, and fuser does not pass the kernel's interrupts on; so
-//! the clock looks at the callers of parked requests, at least every 50 ms while there are few, and answers for those with a fatal
-//! signal pending. Takes the lock of the parking table for moments; does no I/O but reads of procfs, and never touches the mount.
+//! FUSE holds a killed caller until its request is answered, and fuser does not pass the kernel's interrupts on; so the
+//! clock looks at the callers of parked requests, at least every 50 ms while there are few, and answers for those with
+//! a fatal signal pending. Takes the lock of the parking table for moments; does no I/O but reads of procfs, and never
+//! touches the mount.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::*};

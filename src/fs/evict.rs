@@ -1,8 +1,8 @@
 //! Taking back what was dropped.
 //!
 //! Run by helpers of the control thread and at the end of the mount, never by a reader: the kernel may write back
-//! mapped pages first, which is a request that a reader has to serve. The lock of a file's undo log is held while its old
-//! bytes are written.
+//! mapped pages first, which is a request that a reader has to serve. The lock of a file's undo log is held while its
+//! old bytes are written.
 
 use std::fs::File;
 use std::io;

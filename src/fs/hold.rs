@@ -1,16 +1,16 @@
 //! One firing is one error in the program: what is owed, and what was paid.
 //!
 //! The kernel makes several requests of one call. A failed readahead is asked again, one page of it, by a synchronous
-//! read, and only that one's error reaches the program (of a load from a mapping, only the second one's: the first
-//! ends an attempt that the kernel repeats); and an error after the first piece of a call is told as a short result,
-//! so that the program meets the error only when it goes on. So a firing of `error` that the program has not seen yet is
+//! read, and only that one's error reaches the program (of a load from a mapping, only the second one's: the first ends
+//! an attempt that the kernel repeats); and an error after the first piece of a call is told as a short result, so that
+//! the program meets the error only when it goes on. So a firing of `error` that the program has not seen yet is
 //! *owed*: the next request for the same range gets the same error, uncounted and marked `repeat`. A write's debt is
 //! paid to its own thread; a read's to whoever reads the page next, because threads that wait for a page are served in
 //! any order. What a failed read leaves behind is pages in the kernel's cache without contents: their next read comes
 //! once and not twice.
 //!
-//! Used by readers while a rule is armed on reads or writes, and while something is owed. The lock is held for a look at
-//! short lists; procfs is read outside it.
+//! Used by readers while a rule is armed on reads or writes, and while something is owed. The lock is held for a look
+//! at short lists; procfs is read outside it.
 
 use std::collections::HashMap;
 use std::ops::Range;

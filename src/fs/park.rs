@@ -1,7 +1,8 @@
 //! Requests that wait: delayed or stalled by a rule, with their replies and their data.
 //!
-//! A parked request holds no thread and no lock; it is an entry in a table, and goes on when its time has come, when it is released, or when
-//! its caller dies. Readers park, the clock wakes, the control thread lists and releases. The lock is held for the table's own work.
+//! A parked request holds no thread and no lock; it is an entry in a table, and goes on when its time has come, when it
+//! is released, or when its caller dies. Readers park, the clock wakes, the control thread lists and releases. The lock
+//! is held for the table's own work.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -30,7 +31,7 @@ pub struct Pending {
 #[derive(Debug)]
 pub struct Parked {
     pub pending: Pending,
-    /// `None` while it is only delayed.
+    /// Does it hang? Otherwise it is only delayed.
     pub stalled: bool,
     /// The rules that hold it.
     pub rules: smallvec::SmallVec<[Arc<Rule>; 1]>,

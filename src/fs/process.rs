@@ -1,8 +1,8 @@
 //! Who is calling: from the thread that FUSE names to its process, name and the system call it is in.
 //!
 //! Reads procfs, which never blocks on the mount. Called by readers only for requests that a rule concerns, and by the
-//! clock for parked ones. What was read of a thread is kept for a tenth of a second in the reader that read it: numbers of threads
-//! are not used again that fast, and a burst of injections costs one look.
+//! clock for parked ones. What was read of a thread is kept for a tenth of a second in the reader that read it: numbers
+//! of threads are not used again that fast, and a burst of injections costs one look.
 
 use std::cell::RefCell;
 use std::fs;

@@ -1,8 +1,8 @@
 //! The life of one request.
 //!
-//! [`Core::serve`] runs on the reader that read it, and on the normal way goes straight through to
-//! [`Core::perform`] and the reply. A request that a rule delays or stalls is parked; one that waits for a disk (fsync) is done
-//! by a worker. No lock is held across a system call here, and nothing is allocated unless a rule fires.
+//! [`Core::serve`] runs on the reader that read it, and on the normal way goes straight through to [`Core::perform`]
+//! and the reply. A request that a rule delays or stalls is parked; one that waits for a disk (fsync) is done by a
+//! worker. No lock is held across a system call here, and a normal write is to allocate nothing unless a rule fires.
 
 use std::cell::{Cell, OnceCell};
 use std::fs::File;

@@ -1,7 +1,7 @@
 //! Contents: open, read, write, copy, allocate, sync.
 //!
-//! The write is the hot path: from the handle straight to `pwrite`, unless something about the file or the mount asks for more (a
-//! capacity, an undo log), which two relaxed loads tell.
+//! The write is the hot path: from the handle straight to `pwrite`, unless something about the file or the mount asks
+//! for more (a capacity, an undo log), which two relaxed loads tell.
 
 use std::fs::File;
 use std::io;
