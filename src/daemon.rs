@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
 use fuser::{MountOption, Session, SessionACL};
+use globset::{GlobSet, GlobSetBuilder};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::MsFlags;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
@@ -26,17 +28,17 @@ use crate::client::exit;
 use crate::client::instances::{self, State};
 use crate::control::{self, Identity, Unmount, Unmounted};
 use crate::event::Ring;
+use crate::fault::compile::path_glob;
 use crate::fault::document;
 use crate::fs::adapter::Adapter;
 use crate::fs::mount::{How, Living, Places, holders, prepare, unmount, unmount_patiently};
-use crate::fs::{Core, Ended, clock};
+use crate::fs::{Core, Ended, clock, watch};
 use crate::sys::mounts::{self, SOURCE};
 
 /// How long programs may take to close their files after their requests were answered.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// After a signal: how long a lazily detached mount may live on before its connection is cut.
 const LINGER: Duration = Duration::from_secs(10);
-/// `list` and `umount` hold the lock of a state file for an instant to see whether it is held.
 const LOCK_TRIES: u32 = 20;
 
 /// What to mount, decided in every respect: paths are absolute, names chosen.
@@ -54,6 +56,8 @@ pub struct Options {
     pub rules: Vec<Value>,
     pub readers: Option<u16>,
     pub seed: Option<u64>,
+    /// Files that the kernel may serve by itself.
+    pub passthrough: Vec<String>,
     /// Mount options, as after `-o`.
     pub mount_options: Vec<String>,
 }
@@ -87,7 +91,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     let places = prepare(&options.backing, &options.mountpoint, &living)
         .map_err(|refused| with_hint(refused.reason, refused.hint))?;
     keep_out_of_mount(&options, &places)?;
-    let core = open_backing(&places, options.seed)?;
+    let (core, _alone) = open_backing(&places, &options)?;
     arm(&core, &options)?;
     let (listener, socket) = listen(&options.socket)?;
     let mounted = Mounted::new(&core, &options, &places)?;
@@ -137,13 +141,9 @@ impl Claim {
         };
         std::fs::create_dir_all(&options.run_dir).map_err(cannot)?;
         let open = || OpenOptions::new().create(true).truncate(false).write(true).read(true).mode(0o644).open(&path);
-        let mut file = open().map_err(cannot)?;
-        for _ in 0..LOCK_TRIES {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(Claim { path, lock }),
-                Err((unlocked, _)) => file = unlocked,
-            }
-            std::thread::sleep(Duration::from_millis(10));
+        let file = open().map_err(cannot)?;
+        if let Ok(lock) = lock(file) {
+            return Ok(Claim { path, lock });
         }
         let error = format!("an instance {:?} is running already", options.instance);
         Err(with_hint(error, format!("nemesisfs umount --instance {}, or --instance another", options.instance)))
@@ -196,12 +196,55 @@ fn keep_out_of_mount(options: &Options, places: &Places) -> Result<(), Failure> 
     Ok(())
 }
 
-fn open_backing(places: &Places, seed: Option<u64>) -> Result<Arc<Core>, Failure> {
+/// Opens the backing directory, and locks it against a second daemon: one of another run directory cannot be seen
+/// there, nor one that reaches the directory by another path. Without locks, on some network filesystems, it goes on.
+fn open_backing(places: &Places, options: &Options) -> Result<(Arc<Core>, Option<Flock<File>>), Failure> {
     let directory = |error| failure(format!("backing directory {}: {error}", places.backing.display()));
     let backing = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&places.backing);
-    let seed = seed.unwrap_or_else(random);
-    let core = Core::new(backing.map_err(directory)?, Arc::new(Ring::default()), seed).map_err(directory)?;
-    Ok(Arc::new(core))
+    let backing = backing.map_err(directory)?;
+    let alone = match lock(backing.try_clone().map_err(directory)?) {
+        Err(Errno::EWOULDBLOCK) => {
+            let error = format!("backing directory {} is served by another instance", places.backing.display());
+            return Err(with_hint(error, "two instances over one directory would not see each other's changes"));
+        }
+        other => other.ok(),
+    };
+    let seed = options.seed.unwrap_or_else(random);
+    let core = Core::new(backing, Arc::new(Ring::default()), seed, passthrough(options)?).map_err(directory)?;
+    Ok((Arc::new(core), alone))
+}
+
+/// The files that are not to come to us. A glob without a leading slash matches at any depth.
+fn passthrough(options: &Options) -> Result<Option<GlobSet>, Failure> {
+    if options.passthrough.is_empty() {
+        return Ok(None);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        let error = "--passthrough needs root: the kernel lets nobody else name files that it serves by itself";
+        return Err(Failure { exit: exit::NOT_SUPPORTED, ..with_hint(error, WITHOUT_PASSTHROUGH) });
+    }
+    let mut globs = GlobSetBuilder::new();
+    for text in &options.passthrough {
+        let anchored = if text.starts_with('/') { text.clone() } else { format!("/**/{text}") };
+        let usage = |error| Failure { exit: exit::USAGE, ..failure(format!("--passthrough {text:?}: {error}")) };
+        globs.add(path_glob(&anchored).map_err(usage)?);
+    }
+    let too_large = |error| failure(format!("--passthrough: {error}"));
+    Ok(Some(globs.build().map_err(too_large)?))
+}
+
+const WITHOUT_PASSTHROUGH: &str = "leave --passthrough out: then we serve all files, a few microseconds slower";
+
+/// Locks a file exclusively. Somebody may hold it for an instant: who only looks, or a daemon that was just killed.
+fn lock(mut file: File) -> Result<Flock<File>, Errno> {
+    for _ in 1..LOCK_TRIES {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((unlocked, _)) => file = unlocked,
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)
 }
 
 /// The standard library's hash keys are random, and that is all that is needed here.
@@ -268,6 +311,7 @@ struct Mounted {
 impl Mounted {
     fn new(core: &Arc<Core>, options: &Options, places: &Places) -> Result<Mounted, Failure> {
         let readers = options.readers.map_or_else(default_readers, usize::from);
+        core.readers.expect(readers);
         let session = match nix::unistd::geteuid().is_root() {
             true => Mounted::as_root(core, options, places, readers)?,
             false => Mounted::as_user(core, options, places, readers)?,
@@ -293,6 +337,10 @@ impl Mounted {
         let config = config(readers);
         Session::from_fd(Adapter(core.clone()), connection, SessionACL::All, config).map_err(|error| {
             let _ = unmount(&places.mountpoint, 0, How::Lazy);
+            if error.kind() == io::ErrorKind::Unsupported && !options.passthrough.is_empty() {
+                let error = "--passthrough needs Linux 6.9 or later, built with CONFIG_FUSE_PASSTHROUGH";
+                return Failure { exit: exit::NOT_SUPPORTED, ..with_hint(error, WITHOUT_PASSTHROUGH) };
+            }
             failure(format!("FUSE handshake: {error}"))
         })
     }
@@ -389,6 +437,8 @@ struct Serving {
     session: JoinHandle<io::Result<()>>,
     clock: JoinHandle<()>,
     stop_clock: Arc<AtomicBool>,
+    /// Dropped, it ends the watch, which nobody waits for: it may hang with the disk.
+    stop_watch: Sender<()>,
     control: control::Running,
     wanted: Receiver<Unmount>,
 }
@@ -412,6 +462,9 @@ impl Serving {
         let stop_clock = Arc::new(AtomicBool::new(false));
         let (clocked, stop) = (core.clone(), stop_clock.clone());
         let clock = thread("clock").spawn(move || clock::run(&clocked, &stop));
+        let (stop_watch, stop) = bounded(0);
+        let watched = core.clone();
+        thread("watch").spawn(move || watch::run(&watched, &stop)).map_err(cannot)?;
         let (unmount, wanted) = unbounded();
         let control = control::start(listener, core.clone(), identity.clone(), unmount).map_err(cannot)?;
         // From here on it ends in order.
@@ -424,6 +477,7 @@ impl Serving {
             session: session.map_err(cannot)?,
             clock: clock.map_err(cannot)?,
             stop_clock,
+            stop_watch,
             control,
             wanted,
         })
@@ -521,6 +575,7 @@ impl Serving {
                 Err(error) => tracing::error!(path, %error, "dropped writes could not be taken back"),
             }
         }
+        drop(self.stop_watch);
         self.stop_clock.store(true, Release);
         self.core.parking.wake_clock();
         let _ = self.clock.join();

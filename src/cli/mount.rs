@@ -56,6 +56,10 @@ pub struct MountArgs {
     /// How many threads read requests
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     readers: Option<u16>,
+    /// Files that the kernel serves by itself, at the speed of the backing filesystem, out of reach of faults in reads and
+    /// writes (repeatable; without a leading slash at any depth)
+    #[arg(long, value_name = "GLOB")]
+    passthrough: Vec<String>,
     /// Of all draws that no rule seeds itself
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -242,6 +246,7 @@ fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Options, ClientError> {
         rules,
         readers: args.readers,
         seed: args.seed,
+        passthrough: args.passthrough.clone(),
         mount_options: args.options.clone(),
     })
 }
@@ -312,6 +317,9 @@ fn child_words(prepared: &Options, ready_fd: i32) -> Vec<std::ffi::OsString> {
     }
     if let Some(seed) = prepared.seed {
         flag("--seed", seed.to_string().into());
+    }
+    for glob in &prepared.passthrough {
+        flag("--passthrough", glob.into());
     }
     if !prepared.mount_options.is_empty() {
         flag("-o", prepared.mount_options.join(",").into());
@@ -439,6 +447,7 @@ mod tests {
             rules: None,
             readers: None,
             seed: None,
+            passthrough: Vec::new(),
             options: Vec::new(),
             ready_fd: None,
         }
@@ -483,6 +492,7 @@ mod tests {
         wanted.readers = Some(3);
         wanted.seed = Some(7);
         wanted.options = vec!["ro".into(), "noexec".into()];
+        wanted.passthrough = vec!["/a/**".into(), "*.sst".into()];
         let prepared = prepare(dir.path(), &wanted).unwrap();
         let words = std::iter::once("nemesisfs".into()).chain(child_words(&prepared, 9));
         let cli = crate::cli::Cli::try_parse_from(words).unwrap();

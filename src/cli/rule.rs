@@ -508,6 +508,7 @@ fn as_set(document: Value) -> Value {
             let mut fields = fields;
             fields.remove("cursor");
             fields.remove("pending");
+            fields.remove("warnings");
             if let Some(Value::Array(rules)) = fields.get_mut("rules") {
                 *rules = rules.iter().map(stripped).collect();
             }

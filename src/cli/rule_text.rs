@@ -143,7 +143,7 @@ fn word(rule: &Value, section: &str, name: &str) -> Option<String> {
 }
 
 /// What the server adds to a rule; a client that sends a rule back leaves it out.
-const ADDED: [&str; 6] = ["matches", "injections", "created", "state", "cursor", "pending"];
+const ADDED: [&str; 7] = ["matches", "injections", "created", "state", "cursor", "pending", "warnings"];
 
 /// A rule as it was sent, from a rule as it was received.
 pub fn definition(rule: &Map<String, Value>) -> Value {

@@ -105,6 +105,7 @@ impl<'a> Session<'a> {
 pub fn changed(reply: Reply, what: String, undo: Vec<String>) -> Outcome {
     let mut lines = vec![what];
     lines.extend(pending(&reply.body));
+    lines.extend(warnings(&reply.body));
     lines.extend(undo);
     shown(reply, lines)
 }
@@ -112,6 +113,11 @@ pub fn changed(reply: Reply, what: String, undo: Vec<String>) -> Outcome {
 /// The outcome of a question.
 pub fn shown(reply: Reply, lines: Vec<String>) -> Outcome {
     Outcome { lines, status: reply.status, body: Some(reply.body), ..Outcome::default() }
+}
+
+fn warnings(body: &Value) -> impl Iterator<Item = String> {
+    let told = body.get("warnings").and_then(Value::as_array).into_iter().flatten();
+    told.filter_map(Value::as_str).map(|warning| format!("warning: {warning}"))
 }
 
 fn pending(body: &Value) -> Option<String> {

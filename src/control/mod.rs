@@ -187,8 +187,27 @@ impl Control {
     }
 
     /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
-    /// forgets what could hide the new ones. Gives what could not be forgotten in time.
-    async fn in_force(&self, changed: Changed) -> Vec<String> {
+    /// forgets what could hide the new ones.
+    async fn in_force(&self, changed: Changed) -> InForce {
+        let warnings = changed.armed.iter().filter_map(|rule| self.warning(rule)).collect();
+        InForce { pending: self.make_forget(changed).await, warnings }
+    }
+
+    /// What the rule cannot reach.
+    fn warning(&self, rule: &Rule) -> Option<String> {
+        let handles = self.core.out_of_reach(rule);
+        let (_, first) = handles.first()?;
+        let numbers: Vec<String> = handles.iter().map(|(fh, _)| fh.to_string()).collect();
+        let (name, many, numbers) = (&rule.name, handles.len(), numbers.join(" "));
+        Some(format!(
+            "rule {name:?} does not see reads and writes through {many} open handles that are passed through: {numbers} \
+             ({first}{}); it will see those of files that are opened from now on, once these are closed",
+            if many > 1 { ", …" } else { "" }
+        ))
+    }
+
+    /// Gives what could not be forgotten in time.
+    async fn make_forget(&self, changed: Changed) -> Vec<String> {
         for rule in &changed.released {
             let held = self.core.parking.take(usize::MAX, |parked| parked.is_held_by(&rule.name));
             self.core.resume(held, Ended::Removed);
@@ -199,6 +218,22 @@ impl Control {
         }
         let core = self.core.clone();
         helper(move || forget(&core, changed.armed)).await.unwrap_or_default()
+    }
+}
+
+/// How far a change has come when it is answered.
+struct InForce {
+    /// What the kernel still has; an event tells when not.
+    pending: Vec<String>,
+    /// What the new rules cannot reach.
+    warnings: Vec<String>,
+}
+
+impl InForce {
+    /// Says so in an answer.
+    fn tell(self, answer: &mut Value) {
+        answer["pending"] = self.pending.into();
+        answer["warnings"] = self.warnings.into();
     }
 }
 

@@ -9,7 +9,7 @@ use axum::extract::State;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Answer, Control, Shared, body, document};
+use super::{Answer, Control, InForce, Shared, body, document};
 use crate::fault::Problem;
 use crate::fault::compile::nanoseconds;
 use crate::fault::spec::NotYet;
@@ -35,14 +35,13 @@ impl Control {
         json!({"mode": mode.word(), "remaining": left, "cursor": self.cursor()})
     }
 
-    /// Sets the mode; what could not be forgotten by the kernel in time.
-    pub(super) async fn set_mode(&self, mode: Mode, life: Option<(String, u64)>) -> Vec<String> {
+    pub(super) async fn set_mode(&self, mode: Mode, life: Option<(String, u64)>) -> InForce {
         let changed = self.core.arming.set_mode(mode, life.clone(), self.ring().now_ns());
         self.core.capacity.set_full(mode == Mode::Enospc);
-        let pending = self.in_force(changed).await;
+        let in_force = self.in_force(changed).await;
         let life = life.map(|(text, _)| text);
         self.ring().change("mode", json!({"mode": mode.word(), "action": "set", "for": life}));
-        pending
+        in_force
     }
 }
 
@@ -73,9 +72,9 @@ pub async fn set(State(control): Shared, body: Body) -> Answer {
         },
     };
     let cursor = control.cursor();
-    let pending = control.set_mode(mode, life).await;
+    let in_force = control.set_mode(mode, life).await;
     let mut value = control.show_mode();
-    value["pending"] = pending.into();
+    in_force.tell(&mut value);
     value["cursor"] = cursor.into();
     Ok(document(200, &value))
 }

@@ -47,11 +47,11 @@ impl Control {
 
     async fn put_rule(&self, spec: RuleSpec) -> Answer {
         let (rule, new, changed) = self.core.arming.put(spec, self.ring().now_ns())?;
-        let pending = self.in_force(changed).await;
+        let in_force = self.in_force(changed).await;
         let action = if new { "added" } else { "replaced" };
         let mut value = self.show_rule(&rule);
         self.ring().change("rule", json!({"rule": &*rule.name, "action": action, "definition": rule.spec}));
-        value["pending"] = pending.into();
+        in_force.tell(&mut value);
         Ok(document(if new { 201 } else { 200 }, &value))
     }
 }
@@ -65,9 +65,11 @@ pub async fn replace(State(control): Shared, body: Body) -> Answer {
     let cursor = control.cursor();
     let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
     let changed = control.core.arming.replace(specs, control.ring().now_ns())?;
-    let pending = control.in_force(changed).await;
+    let in_force = control.in_force(changed).await;
     control.ring().change("rule", json!({"action": "replaced_all", "rules": names}));
-    Ok(document(200, &json!({"rules": control.show_rules(), "pending": pending, "cursor": cursor})))
+    let mut value = json!({"rules": control.show_rules(), "cursor": cursor});
+    in_force.tell(&mut value);
+    Ok(document(200, &value))
 }
 
 pub async fn clear(State(control): Shared) -> Answer {

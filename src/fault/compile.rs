@@ -8,7 +8,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use globset::{GlobBuilder, GlobMatcher};
+use globset::{Glob, GlobBuilder, GlobMatcher};
 
 use super::errno::{self, Refused};
 use super::kind::{Distribution, Fault, KINDS, Kind, LONGEST_DELAY_NS, Latency, Then};
@@ -104,6 +104,14 @@ pub fn compile(spec: RuleSpec, defaults: Defaults) -> Result<Rule, Vec<Problem>>
 }
 
 /// The problems found so far.
+/// A glob over paths below the mountpoint: `*` stops at a slash, `**` does not.
+///
+/// # Errors
+/// When it is none.
+pub fn path_glob(glob: &str) -> Result<Glob, globset::Error> {
+    GlobBuilder::new(glob).literal_separator(true).build()
+}
+
 struct Check(Vec<Problem>);
 
 struct Place {
@@ -158,7 +166,7 @@ impl Check {
             self.found(Problem::new("#/match/path", detail).hint(format!("did you mean \"/{path}\"?")));
             return None;
         }
-        match GlobBuilder::new(path).literal_separator(true).build() {
+        match path_glob(path) {
             Ok(glob) => Some(glob.compile_matcher()),
             Err(error) => {
                 self.found(Problem::new("#/match/path", format!("match.path: {error}")));

@@ -19,6 +19,8 @@ use fuser::{
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, fstatfs};
+
 use super::call::{Call, Caller, Changes, Origin, Reply, Time};
 use super::serve::Core;
 
@@ -50,7 +52,7 @@ impl Adapter {
         // The hook has logged it with its place. The dropped reply has answered EIO.
         let _ = catch_unwind(AssertUnwindSafe(|| {
             panic_if_asked(&call);
-            self.0.readers.busy(|| self.0.serve(caller, call, reply));
+            self.0.readers.busy(call.tells(), || self.0.serve(caller, call, reply));
         }));
     }
 }
@@ -62,6 +64,16 @@ fn panic_if_asked(call: &Call<'_>) {
         && let Call::Lookup { name, .. } = call
     {
         assert!(&**name != ".nemesisfs-panic", "asked for");
+    }
+}
+
+/// How many filesystems may lie between a file that is passed through and its disk: those that may themselves be stacked
+/// count as one.
+fn stack_depth(core: &Core) -> u32 {
+    let stacked = [OVERLAYFS_SUPER_MAGIC, FUSE_SUPER_MAGIC];
+    match fstatfs(core.tree.backing()) {
+        Ok(fs) if stacked.contains(&fs.filesystem_type()) => 2,
+        _ => 1,
     }
 }
 
@@ -87,6 +99,10 @@ impl Filesystem for Adapter {
             if let Err(missing) = config.add_capabilities(*wanted) {
                 tracing::info!(?missing, "the kernel lacks a capability");
             }
+        }
+        if self.0.passthrough.is_some() {
+            config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).map_err(|_| io::ErrorKind::Unsupported)?;
+            let _ = config.set_max_stack_depth(stack_depth(&self.0));
         }
         let _ = config.set_max_background(MAX_BACKGROUND);
         let _ = config.set_congestion_threshold(MAX_BACKGROUND);

@@ -6,11 +6,15 @@
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    BackingId, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr,
 };
 
 use crate::fault::Op;
@@ -219,6 +223,22 @@ impl Call<'_> {
         first.into_iter().chain(second)
     }
 
+    /// Does the kernel keep something of the answer: pages, attributes, names?
+    pub fn tells(&self) -> bool {
+        !matches!(
+            self,
+            Call::Write { .. }
+                | Call::Fallocate { .. }
+                | Call::Flush { .. }
+                | Call::Release { .. }
+                | Call::Fsync { .. }
+                | Call::Releasedir { .. }
+                | Call::Fsyncdir { .. }
+                | Call::Statfs { .. }
+                | Call::Lseek { .. }
+        )
+    }
+
     /// A copy that owns its names and data. The one allocation of a request that leaves its reader.
     pub fn into_owned(self) -> Call<'static> {
         fn own(name: Cow<'_, OsStr>) -> Cow<'static, OsStr> {
@@ -301,8 +321,8 @@ pub enum Answer {
     Attr(FileAttr, Duration),
     /// Bytes of a buffer of this thread's, given back after the reply.
     Data(Vec<u8>),
-    Opened(u64, FopenFlags),
-    Created(Entry, u64, FopenFlags),
+    Opened(u64, Served),
+    Created(Entry, u64, Served),
     Written(u32),
     Statfs(Statfs),
     Size(u32),
@@ -310,6 +330,14 @@ pub enum Answer {
     /// The entries are in the reply already.
     Directory,
     Ioctl(Vec<u8>),
+}
+
+/// Who does the reads and writes of an open file.
+#[derive(Clone, Debug)]
+pub enum Served {
+    ByUs(FopenFlags),
+    /// Passed through to the backing file, see [`super::passthrough`].
+    ByKernel(Arc<BackingId>),
 }
 
 /// Space of the filesystem, in its blocks.
@@ -373,6 +401,18 @@ impl Reply {
         }
     }
 
+    /// Makes a file known to the kernel as one that it can serve by itself.
+    ///
+    /// # Errors
+    /// What the kernel says; `EINVAL` for a request that opens nothing.
+    pub fn open_backing(&self, file: &File) -> io::Result<BackingId> {
+        match self {
+            Reply::Open(reply) => reply.open_backing(file),
+            Reply::Create(reply) => reply.open_backing(file),
+            _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        }
+    }
+
     /// Answers. An answer that does not fit the request is a bug of ours and reaches the caller as `EIO`.
     pub fn answer(self, answer: Answer) {
         match (self, answer) {
@@ -385,10 +425,17 @@ impl Reply {
                 reply.data(&data);
                 super::buffer::give_back(data);
             }
-            (Reply::Open(reply), Answer::Opened(fh, flags)) => reply.opened(FileHandle(fh), flags),
-            (Reply::Create(reply), Answer::Created(entry, fh, flags)) => {
-                let keep = entry.keep.name.min(entry.keep.attributes);
-                reply.created(&keep, &entry.attr, Generation(0), FileHandle(fh), flags);
+            (Reply::Open(reply), Answer::Opened(fh, served)) => match served {
+                Served::ByUs(flags) => reply.opened(FileHandle(fh), flags),
+                Served::ByKernel(id) => reply.opened_passthrough(FileHandle(fh), FopenFlags::empty(), &id),
+            },
+            (Reply::Create(reply), Answer::Created(entry, fh, served)) => {
+                let (keep, fh) = (entry.keep.name.min(entry.keep.attributes), FileHandle(fh));
+                let (attr, generation, none) = (&entry.attr, Generation(0), FopenFlags::empty());
+                match served {
+                    Served::ByUs(flags) => reply.created(&keep, attr, generation, fh, flags),
+                    Served::ByKernel(id) => reply.created_passthrough(&keep, attr, generation, fh, none, &id),
+                }
             }
             (Reply::Write(reply), Answer::Written(count)) => reply.written(count),
             (Reply::Statfs(reply), Answer::Statfs(s)) => reply.statfs(

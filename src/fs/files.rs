@@ -23,6 +23,41 @@ pub struct OpenFile {
     pub file: File,
     /// Does the kernel keep its pages?
     pub cached: bool,
+    /// Does the kernel serve it by itself?
+    pub by_kernel: bool,
+    /// What must be on disk before any change is answered.
+    pub sync: Sync,
+    /// To a multiple of what offset and length of direct I/O must be.
+    pub alignment: Option<u32>,
+}
+
+/// What an open file promises of each change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sync {
+    #[default]
+    No,
+    Data,
+    All,
+}
+
+impl Sync {
+    /// Of the flags of an open file, or of a write.
+    pub fn of(flags: i32) -> Sync {
+        match flags & libc::O_SYNC {
+            libc::O_SYNC => Sync::All,
+            0 => Sync::No,
+            _ => Sync::Data,
+        }
+    }
+
+    /// Makes good on it.
+    pub fn keep(self, file: &File) -> io::Result<()> {
+        match self {
+            Sync::No => Ok(()),
+            Sync::Data => file.sync_data(),
+            Sync::All => file.sync_all(),
+        }
+    }
 }
 
 /// The tables of one mount.
@@ -73,6 +108,11 @@ impl Files {
     pub fn close_directory(&self, fh: u64) {
         let directory = self.directories.write().try_remove(fh as usize);
         drop(directory);
+    }
+
+    /// All open files, with their handles.
+    pub fn all(&self) -> Vec<(u64, Arc<OpenFile>)> {
+        self.files.read().iter().map(|(fh, file)| (fh as u64, file.clone())).collect()
     }
 
     pub fn open_count(&self) -> usize {

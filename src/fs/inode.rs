@@ -15,6 +15,8 @@ use nix::sys::stat::FileStat;
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
+use super::passthrough::Handles;
+use super::privileges::is_privileged;
 use crate::durability::Undo;
 use crate::fault::Plan;
 use crate::space::Usage;
@@ -57,9 +59,13 @@ pub struct Inode {
     pub undoable: AtomicBool,
     /// Blocks as `space` last counted them.
     pub usage: Usage,
-    /// Was it written through us since its stamp was taken?
-    pub written: AtomicBool,
+    /// Was it changed through us since its stamp was taken?
+    pub changed: AtomicBool,
+    /// Has it suid or sgid, as far as was seen? Read on the hot path instead of its attributes.
+    pub privileged: AtomicBool,
     stamp: Mutex<Option<Stamp>>,
+    /// Who serves its open handles, where files are passed through.
+    pub handles: Handles,
 }
 
 /// By what a change of a file shows: size, and when contents and attributes changed.
@@ -119,16 +125,24 @@ impl Inode {
             unlinked: AtomicBool::new(false),
             undoable: AtomicBool::new(false),
             usage: Usage::default(),
-            written: AtomicBool::new(false),
+            changed: AtomicBool::new(false),
+            privileged: AtomicBool::new(false),
             stamp: Mutex::default(),
+            handles: Handles::default(),
         }
     }
 
     /// Takes the stamp of the file as it is now; `true` if that is the one it had, so that nobody else changed it.
     pub fn stamp(&self, stat: &FileStat) -> bool {
-        self.written.store(false, Release);
+        self.changed.store(false, Release);
+        self.privileged.store(is_privileged(stat.st_mode), Release);
         let now = Some(Stamp::of(stat));
         std::mem::replace(&mut *self.stamp.lock(), now) == now
+    }
+
+    /// Has the file of these attributes the same number, and is of the same type?
+    pub fn has_number(&self, stat: &FileStat) -> bool {
+        (self.identity.dev, self.identity.ino, self.kind) == (stat.st_dev, stat.st_ino, stat.st_mode & libc::S_IFMT)
     }
 
     pub fn is_dir(&self) -> bool {
@@ -194,6 +208,7 @@ impl Inode {
 
     /// Notes that this name is gone.
     pub fn lost(&self, parent: u64, name: &OsStr) {
+        self.changed.store(true, Release);
         let mut names = self.names.lock();
         // The last one stays: a file that is open and unlinked is still spoken of by the name it had.
         if names.links.len() > 1 {
@@ -204,6 +219,7 @@ impl Inode {
 
     /// Notes that the file moved.
     pub fn moved(&self, parent: u64, name: &OsStr, to: &Arc<Inode>, to_name: &OsStr) {
+        self.changed.store(true, Release);
         let mut names = self.names.lock();
         names.links.retain(|(p, n)| !(p.id == parent && n == name));
         names.links.insert(0, (to.clone(), to_name.to_os_string()));

@@ -15,14 +15,18 @@ pub mod files;
 pub mod hold;
 pub mod inode;
 pub mod kernel_cache;
+mod limits;
 pub mod mount;
 mod ops;
 pub mod park;
+mod passthrough;
+mod privileges;
 pub mod process;
 pub mod readers;
 pub mod serve;
 pub mod tree;
 pub mod usage;
+pub mod watch;
 pub mod workers;
 
 pub use arming::{Changed, Mode};

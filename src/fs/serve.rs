@@ -1,8 +1,9 @@
 //! The life of one request.
 //!
 //! [`Core::serve`] runs on the reader that read it, and on the normal way goes straight through to [`Core::perform`]
-//! and the reply. A request that a rule delays or stalls is parked; one that waits for a disk (fsync) is done by a
-//! worker. No lock is held across a system call here, and a normal write is to allocate nothing unless a rule fires.
+//! and the reply. A request that a rule delays or stalls is parked; one that is read when all other readers are in the
+//! middle of something is done by a worker. No lock is held across a system call here, and a normal write allocates
+//! nothing unless a rule fires.
 
 use std::cell::{Cell, OnceCell};
 use std::fs::File;
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering::*};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use globset::GlobSet;
 use smallvec::SmallVec;
 
 use super::arming::Arming;
@@ -18,6 +20,7 @@ use super::call::{Answer, Call, Caller, Keep, Reply};
 use super::files::Files;
 use super::hold::{Holds, Piece};
 use super::inode::Inode;
+use super::limits;
 use super::park::{Parked, Parking, Pending};
 use super::process;
 use super::readers::Readers;
@@ -43,6 +46,8 @@ pub struct Core {
     pub readers: Readers,
     /// Says to the kernel what it must no longer believe. Set once the session runs; never used by a reader.
     pub notifier: OnceLock<fuser::Notifier>,
+    /// Files that the kernel may serve by itself; none where that was not asked for.
+    pub passthrough: Option<GlobSet>,
     /// The unit of allocation of the backing filesystem, in bytes.
     pub block: u64,
     /// Can the backing filesystem tell its preallocated blocks?
@@ -57,13 +62,12 @@ impl Core {
     ///
     /// # Errors
     /// When it cannot be examined.
-    pub fn new(backing: File, ring: Arc<Ring>, seed: u64) -> io::Result<Core> {
-        let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)?;
-        let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard);
+    pub fn new(backing: File, ring: Arc<Ring>, seed: u64, passthrough: Option<GlobSet>) -> io::Result<Core> {
+        let descriptors = limits::raise()?;
         let statvfs = nix::sys::statvfs::fstatvfs(&backing)?;
         let fiemap = crate::sys::fiemap::allocated(&backing, 0..1, |_| ());
         Ok(Core {
-            tree: Tree::new(backing, hard)?,
+            tree: Tree::new(backing, descriptors)?,
             files: Files::default(),
             arming: Arming::new(seed),
             ring,
@@ -73,6 +77,7 @@ impl Core {
             workers: Workers::default(),
             readers: Readers::default(),
             notifier: OnceLock::new(),
+            passthrough,
             block: (statvfs.fragment_size()).clamp(512, 1 << 20),
             remembers_preallocation: fiemap.is_err(),
         })
@@ -186,14 +191,22 @@ impl Core {
         self.enact(caller, call, reply, decision);
     }
 
-    /// Past all rules: does it, here or where waiting is harmless.
+    /// Past all rules: does it here, unless this is the last free reader.
     fn proceed(self: &Arc<Self>, caller: Caller, call: Call<'_>, reply: Reply, dropped: Option<Firing>) {
-        if dropped.is_none() && self.waits_for_disk(&call) {
-            let (core, call) = (self.clone(), call.into_owned());
-            self.workers.run(move || core.finish(&caller, &call, reply, None));
-            return;
+        if self.readers.is_last_free() {
+            return self.hand_over(caller, call.into_owned(), reply, dropped);
         }
         self.finish(&caller, &call, reply, dropped.as_ref());
+    }
+
+    /// The other readers may be waiting for a disk, for as long as it likes: this one goes on reading.
+    #[cold]
+    fn hand_over(self: &Arc<Self>, caller: Caller, call: Call<'static>, reply: Reply, dropped: Option<Firing>) {
+        let (core, under_way) = (self.clone(), call.tells().then(|| self.readers.hand_over()));
+        self.workers.run(move || {
+            core.finish(&caller, &call, reply, dropped.as_ref());
+            drop(under_way);
+        });
     }
 
     fn finish(&self, caller: &Caller, call: &Call<'_>, mut reply: Reply, dropped: Option<&Firing>) {
@@ -206,18 +219,6 @@ impl Core {
             Err(errno) => reply.error(errno),
         }
         self.ring.wake();
-    }
-
-    /// Does it wait until the disk has it?
-    fn waits_for_disk(&self, call: &Call<'_>) -> bool {
-        match call {
-            Call::Fsync { .. } | Call::Fsyncdir { .. } => true,
-            // Through the page cache the kernel sends an fsync of its own after such a write.
-            Call::Write { fh, flags, .. } => {
-                flags & (libc::O_SYNC | libc::O_DSYNC) != 0 && self.files.get(*fh).is_ok_and(|file| !file.cached)
-            }
-            _ => false,
-        }
     }
 
     fn note_passed(&self, caller: &Caller, call: &Call<'_>) {

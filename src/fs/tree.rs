@@ -15,7 +15,7 @@ use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, Mode};
 use parking_lot::RwLock;
 
-use super::inode::{Identity, Inode};
+use super::inode::{Identity, Inode, reopen};
 use crate::sys::handle;
 
 /// The kernel's name for the root.
@@ -24,6 +24,9 @@ pub const ROOT: u64 = 1;
 /// Node ids of files whose own number is taken: by a forgotten file that the kernel has not let go of yet, by the
 /// root, or by a file of another filesystem mounted below.
 const SUBSTITUTES: u64 = 1 << 63;
+
+/// However many descriptors we may have, no more than this for directories: each costs the kernel memory.
+const MOST_HELD: u64 = 16 << 10;
 
 pub struct Tree {
     pub root: Arc<Inode>,
@@ -43,6 +46,8 @@ pub struct Tree {
 struct Table {
     by_id: HashMap<u64, Arc<Inode>>,
     by_identity: HashMap<Identity, u64>,
+    /// How many have a substitute for a node id.
+    substitutes: usize,
 }
 
 impl Tree {
@@ -64,7 +69,7 @@ impl Tree {
             handles,
             table: RwLock::default(),
             next_substitute: AtomicU64::new(SUBSTITUTES),
-            budget: AtomicI64::new((descriptors / 4) as i64),
+            budget: AtomicI64::new((descriptors / 4).min(MOST_HELD) as i64),
             version: AtomicU64::new(0),
         };
         let mut table = tree.table.write();
@@ -99,17 +104,40 @@ impl Tree {
         table.by_id.get(&id).cloned().ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))
     }
 
-    /// The file under a name, if it is known; takes no reference.
-    pub fn peek(&self, parent: &Inode, name: &OsStr) -> Option<Arc<Inode>> {
-        let (_, identity, _) = self.examine(parent, name).ok()?;
+    /// The attributes of a name, and its file if that is known; takes no reference.
+    pub fn peek(&self, parent: &Inode, name: &OsStr) -> io::Result<(Option<Arc<Inode>>, FileStat)> {
+        let stat = stat_at(parent.path_fd()?, name)?;
+        {
+            let table = self.table.read();
+            let found = table.by_id.get(&stat.st_ino).filter(|inode| inode.has_number(&stat));
+            if found.is_some() || table.substitutes == 0 {
+                return Ok((found.cloned(), stat));
+            }
+        }
+        // It could be one of those whose number another has taken.
+        let (_, identity, stat) = self.examine(parent, name)?;
         let table = self.table.read();
-        table.by_identity.get(&identity).and_then(|id| table.by_id.get(id)).cloned()
+        Ok((table.by_identity.get(&identity).and_then(|id| table.by_id.get(id)).cloned(), stat))
+    }
+
+    /// Enters a file that was just made under a name and is open; counts one reference of the kernel's.
+    pub fn adopt(&self, parent: &Arc<Inode>, name: &OsStr, file: &OwnedFd) -> io::Result<(Arc<Inode>, FileStat)> {
+        let stat = stat(file)?;
+        let identity = self.identify(file, &stat);
+        // Without a handle it is held, and not by this descriptor: a file open for writing cannot be executed.
+        let held = match identity.handle {
+            Some(_) => None,
+            None => Some(reopen(file.as_fd(), libc::O_PATH)?),
+        };
+        let inode = self.enter(identity, &stat, held);
+        inode.met(parent, name);
+        Ok((inode, stat))
     }
 
     /// Finds the file under a name and counts one reference of the kernel's.
     pub fn lookup(&self, parent: &Arc<Inode>, name: &OsStr) -> io::Result<(Arc<Inode>, FileStat)> {
         let (fd, identity, stat) = self.examine(parent, name)?;
-        let inode = self.enter(identity, &stat, fd);
+        let inode = self.enter(identity, &stat, Some(fd));
         inode.met(parent, name);
         Ok((inode, stat))
     }
@@ -118,12 +146,16 @@ impl Tree {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = nix::fcntl::openat(parent.path_fd()?, name, flags, Mode::empty())?;
         let stat = nix::sys::stat::fstat(&fd)?;
-        let identity = identify(&fd, &stat, self.handles.then_some(self.root.identity.dev));
+        let identity = self.identify(&fd, &stat);
         Ok((fd, identity, stat))
     }
 
-    /// Enters a file, or finds it entered; counts one reference.
-    pub fn enter(&self, identity: Identity, stat: &FileStat, fd: OwnedFd) -> Arc<Inode> {
+    fn identify(&self, fd: impl AsFd, stat: &FileStat) -> Identity {
+        identify(fd, stat, self.handles.then_some(self.root.identity.dev))
+    }
+
+    /// Enters a file, or finds it entered; counts one reference. What has no handle needs a descriptor.
+    fn enter(&self, identity: Identity, stat: &FileStat, fd: Option<OwnedFd>) -> Arc<Inode> {
         let mut table = self.table.write();
         if let Some(inode) = table.by_identity.get(&identity).and_then(|id| table.by_id.get(id)) {
             inode.lookups.fetch_add(1, Relaxed);
@@ -132,10 +164,13 @@ impl Tree {
         let own = identity.dev == self.root.identity.dev && identity.ino != ROOT && identity.ino < SUBSTITUTES;
         let id = match own && !table.by_id.contains_key(&identity.ino) {
             true => identity.ino,
-            false => self.next_substitute.fetch_add(1, Relaxed),
+            false => {
+                table.substitutes += 1;
+                self.next_substitute.fetch_add(1, Relaxed)
+            }
         };
         let kind = stat.st_mode & libc::S_IFMT;
-        let held = self.keeps_fd(&identity, kind).then_some(fd);
+        let held = fd.filter(|_| self.keeps_fd(&identity, kind));
         let inode = Arc::new(Inode::new(id, identity.clone(), kind, self.mount.clone(), held));
         inode.lookups.store(1, Relaxed);
         // The kernel has nothing of a file that it is only now told of: all it will have is from here on.
@@ -147,7 +182,9 @@ impl Tree {
 
     /// Without a handle the descriptor is all we have; directories keep one while there is room, for speed.
     fn keeps_fd(&self, identity: &Identity, kind: u32) -> bool {
-        identity.handle.is_none() || (kind == libc::S_IFDIR && self.budget.fetch_sub(1, Relaxed) > 0)
+        let spend = |budget: i64| (budget > 0).then_some(budget - 1);
+        identity.handle.is_none()
+            || (kind == libc::S_IFDIR && self.budget.fetch_update(Relaxed, Relaxed, spend).is_ok())
     }
 
     /// The kernel gives back references. What can still be taken back stays.
@@ -156,28 +193,46 @@ impl Tree {
         let Some(inode) = table.by_id.get(&id) else { return };
         let left = inode.lookups.load(Relaxed).saturating_sub(references);
         inode.lookups.store(left, Relaxed);
-        if left == 0 {
-            self.drop_if_unused(&mut table, id);
-        }
+        let unused = if left == 0 { self.take_if_unused(&mut table, id) } else { None };
+        drop(table);
+        // With a descriptor of the last kind the file itself can go, which takes the disk's time.
+        drop(unused);
     }
 
     /// Drops an inode that only its undo log kept.
     pub fn settle(&self, id: u64) {
-        self.drop_if_unused(&mut self.table.write(), id);
+        let unused = self.take_if_unused(&mut self.table.write(), id);
+        drop(unused);
     }
 
-    fn drop_if_unused(&self, table: &mut Table, id: u64) {
+    fn take_if_unused(&self, table: &mut Table, id: u64) -> Option<Arc<Inode>> {
         let wanted = |inode: &Inode| inode.undoable.load(Acquire) && !inode.unlinked.load(Acquire);
         let unused = |inode: &Arc<Inode>| inode.lookups.load(Relaxed) == 0 && !wanted(inode);
         if id == ROOT || !table.by_id.get(&id).is_some_and(unused) {
-            return;
+            return None;
         }
-        if let Some(inode) = table.by_id.remove(&id) {
-            if inode.is_dir() && inode.holds_fd() {
-                self.budget.fetch_add(1, Relaxed);
-            }
-            table.by_identity.remove(&inode.identity);
+        let inode = table.by_id.remove(&id)?;
+        if inode.is_dir() && inode.holds_fd() {
+            self.budget.fetch_add(1, Relaxed);
         }
+        table.by_identity.remove(&inode.identity);
+        table.substitutes -= usize::from(id >= SUBSTITUTES);
+        Some(inode)
+    }
+
+    /// Makes the table fit again after the kernel has forgotten most of many files; `true` if there was something to
+    /// give back.
+    pub fn shrink(&self) -> bool {
+        const SMALL: usize = 4096;
+        let roomy = |table: &Table| table.by_id.capacity() > SMALL && table.by_id.len() < table.by_id.capacity() / 4;
+        if !roomy(&self.table.read()) {
+            return false;
+        }
+        let mut table = self.table.write();
+        let room = 2 * table.by_id.len();
+        table.by_id.shrink_to(room);
+        table.by_identity.shrink_to(room);
+        true
     }
 
     /// All that is known now.

@@ -64,11 +64,18 @@ pub fn can_impersonate() -> bool {
 
 /// Runs `act` with the caller's filesystem identity on this thread, but with our capabilities: whether the caller may
 /// do it was decided by the kernel (`default_permissions`), with the caller's groups.
-pub fn as_caller<T>(uid: u32, gid: u32, act: impl FnOnce() -> T) -> T {
-    if (uid, gid) == (0, 0) || !can_impersonate() {
+///
+/// # Errors
+/// `EPERM` for an identity that we may not take on: what we would make would belong to somebody else.
+pub fn as_caller<T>(uid: u32, gid: u32, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let own = own_ids();
+    if (uid, gid) == own {
         return act();
     }
-    let _back = Back;
+    if !can_impersonate() {
+        return Err(io::Error::from_raw_os_error(libc::EPERM));
+    }
+    let _back = Back(own);
     set_fsgid(gid);
     set_fsuid(uid);
     // Changing fsuid away from 0 takes the filesystem capabilities out of the effective set.
@@ -78,13 +85,20 @@ pub fn as_caller<T>(uid: u32, gid: u32, act: impl FnOnce() -> T) -> T {
     act()
 }
 
+/// The user and group of this process, which its threads have when they are nobody else; they do not change.
+fn own_ids() -> (u32, u32) {
+    static OWN: OnceLock<(u32, u32)> = OnceLock::new();
+    *OWN.get_or_init(|| (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()))
+}
+
 /// Takes the thread back, also when `act` panics.
-struct Back;
+struct Back((u32, u32));
 
 impl Drop for Back {
     fn drop(&mut self) {
-        set_fsuid(0);
-        set_fsgid(0);
+        let (uid, gid) = self.0;
+        set_fsuid(uid);
+        set_fsgid(gid);
         if let Some(caps) = own_capabilities() {
             let _ = set_capabilities(caps);
         }

@@ -6,11 +6,12 @@
 #![allow(unsafe_code)]
 
 pub mod dents;
+pub mod dio;
 pub mod fiemap;
 pub mod handle;
 pub mod ids;
 pub mod ioctl;
-pub mod membarrier;
+pub mod memory;
 pub mod mounts;
 pub mod xattr;
 
@@ -22,4 +23,10 @@ fn check(result: impl TryInto<i64>) -> io::Result<i64> {
         Ok(-1) | Err(_) => Err(io::Error::last_os_error()),
         Ok(value) => Ok(value),
     }
+}
+
+/// Ignores a signal from now on, in all threads.
+pub fn ignore(signal: nix::sys::signal::Signal) {
+    // SAFETY: no handler of ours is installed that could run in the middle of anything.
+    let _ = unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigIgn) };
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::*;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{FileAttr, FileType, INodeNo};
@@ -16,12 +17,14 @@ use nix::unistd::{Gid, Uid, fchownat};
 use crate::fs::buffer;
 use crate::fs::call::{Answer, Caller, Changes, Statfs, Time};
 use crate::fs::inode::Inode;
+use crate::fs::privileges;
 use crate::fs::serve::Core;
 use crate::fs::tree::stat;
 use crate::sys::xattr;
 
 /// `stat` as the kernel wants it from us.
 pub fn attr_of(inode: &Inode, stat: &FileStat) -> FileAttr {
+    inode.privileged.store(privileges::is_privileged(stat.st_mode), Release);
     FileAttr {
         ino: INodeNo(inode.id),
         size: stat.st_size as u64,
@@ -119,6 +122,7 @@ impl Core {
             let (atime, mtime) = (timespec(changes.atime), timespec(changes.mtime));
             utimensat(AT_FDCWD, path.as_str(), &atime, &mtime, UtimensatFlags::FollowSymlink)?;
         }
+        inode.changed.store(true, Release);
         let stat = stat(&fd)?;
         Ok(self.attr_answer(&inode, &stat))
     }
@@ -149,25 +153,21 @@ impl Core {
             }
             Ok(())
         })?;
-        // The kernel's hint is not passed on to us; who is not privileged may not keep these bits on what he cuts.
-        if caller.uid != 0 {
-            self.kill_suidgid(fd)?;
-        }
-        Ok(())
+        self.kill_suidgid(caller, inode, fd)
     }
 
-    /// Takes suid and sgid off a file that somebody without privilege has changed, as the kernel does for a local
-    /// filesystem: sgid without group execution is mandatory locking and stays.
-    pub(super) fn kill_suidgid(&self, fd: impl AsFd) -> io::Result<()> {
-        let mode = stat(&fd)?.st_mode;
-        let mut keep = mode & !libc::S_ISUID;
-        if mode & libc::S_IXGRP != 0 {
-            keep &= !libc::S_ISGID;
+    /// Takes suid and sgid off a file that somebody without privilege has changed. With `FUSE_HANDLE_KILLPRIV_V2`, without
+    /// which the kernel would ask for an attribute before each write, that is our task.
+    pub(super) fn kill_suidgid(&self, caller: &Caller, inode: &Inode, fd: impl AsFd) -> io::Result<()> {
+        if !inode.privileged.load(Acquire) {
+            return Ok(());
         }
-        if keep != mode {
-            self.chmod(fd, keep)?;
-        }
-        Ok(())
+        let stat = stat(&fd)?;
+        self.chmod_if_other(fd, &stat, privileges::mode_after_change(caller, &stat))
+    }
+
+    fn chmod_if_other(&self, fd: impl AsFd, stat: &FileStat, mode: u32) -> io::Result<()> {
+        if mode == stat.st_mode { Ok(()) } else { self.chmod(fd, mode) }
     }
 
     pub(super) fn readlink(&self, ino: u64) -> io::Result<Answer> {
@@ -211,11 +211,23 @@ impl Core {
         Ok(answer)
     }
 
-    pub(super) fn setxattr(&self, ino: u64, name: &OsStr, value: &[u8], flags: i32) -> io::Result<Answer> {
+    pub(super) fn setxattr(
+        &self,
+        caller: &Caller,
+        ino: u64,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+    ) -> io::Result<Answer> {
         let inode = self.tree.get(ino)?;
         let fd = inode.path_fd()?;
         let before = if self.capacity.is_set() { stat(&fd)?.st_blocks } else { 0 };
         xattr::set(&fd, &c_name(name)?, value, flags)?;
+        inode.changed.store(true, Release);
+        if name == ACCESS_ACL {
+            let stat = stat(&fd)?;
+            self.chmod_if_other(&fd, &stat, privileges::mode_after_acl(caller, &stat))?;
+        }
         if self.capacity.is_set() {
             // Large attributes have blocks of their own.
             inode.usage.begin(before as u64);
@@ -230,14 +242,26 @@ impl Core {
         sized(size, |buffer| xattr::get(inode.path_fd()?, &name, buffer))
     }
 
-    pub(super) fn listxattr(&self, ino: u64, size: u32) -> io::Result<Answer> {
+    pub(super) fn listxattr(&self, caller: &Caller, ino: u64, size: u32) -> io::Result<Answer> {
         let inode = self.tree.get(ino)?;
-        sized(size, |buffer| xattr::list(inode.path_fd()?, buffer))
+        let fd = inode.path_fd()?;
+        let mut names = buffer::lend(LONGEST_LIST);
+        let length = xattr::list(&fd, &mut names)?;
+        names.truncate(length);
+        if has_trusted(&names) && !privileges::sees_trusted(caller) {
+            names = visible(&names);
+        }
+        match size as usize {
+            0 => Ok(Answer::Size(names.len() as u32)),
+            room if room < names.len() => Err(io::Error::from_raw_os_error(libc::ERANGE)),
+            _ => Ok(Answer::Data(names)),
+        }
     }
 
     pub(super) fn removexattr(&self, ino: u64, name: &OsStr) -> io::Result<Answer> {
         let inode = self.tree.get(ino)?;
         xattr::remove(inode.path_fd()?, &c_name(name)?)?;
+        inode.changed.store(true, Release);
         Ok(Answer::Empty)
     }
 
@@ -249,6 +273,21 @@ impl Core {
         let file = inode.open(libc::O_RDONLY | libc::O_NONBLOCK)?;
         crate::sys::ioctl::forward(file, command, input, output_size as usize).map(Answer::Ioctl)
     }
+}
+
+/// `XATTR_LIST_MAX`: the kernel lists no more.
+const LONGEST_LIST: usize = 64 << 10;
+const ACCESS_ACL: &str = "system.posix_acl_access";
+const TRUSTED: &[u8] = b"trusted.";
+
+fn has_trusted(names: &[u8]) -> bool {
+    names.split(|byte| *byte == 0).any(|name| name.starts_with(TRUSTED))
+}
+
+/// What the kernel lists of a local file for who is no administrator.
+fn visible(names: &[u8]) -> Vec<u8> {
+    let each = names.split_inclusive(|byte| *byte == 0);
+    each.filter(|name| !name.starts_with(TRUSTED)).flatten().copied().collect()
 }
 
 fn c_name(name: &OsStr) -> io::Result<CString> {

@@ -12,59 +12,55 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::*;
 
 use fuser::FopenFlags;
-use nix::fcntl::{FallocateFlags, OFlag};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fcntl};
+use nix::sys::statfs::BTRFS_SUPER_MAGIC;
 use nix::unistd::Whence;
 use parking_lot::MutexGuard;
 
+use super::attributes::attr_of;
 use super::names::Creation;
 use crate::durability::Undo;
 use crate::fs::buffer;
-use crate::fs::call::{Answer, Call, Caller};
+use crate::fs::call::{Answer, Call, Caller, Entry, Reply, Served};
 use crate::fs::evict::Backing;
-use crate::fs::files::OpenFile;
+use crate::fs::files::{OpenFile, Sync};
 use crate::fs::inode::Inode;
 use crate::fs::serve::Core;
 use crate::fs::tree::stat;
 use crate::space::{self, Reservation};
+use crate::sys::dio;
 
-/// Flags that are the kernel's affair on our side, or would change what `pwrite` means.
-const OURS: i32 = libc::O_CREAT
-    | libc::O_EXCL
-    | libc::O_NOCTTY
-    | libc::O_TRUNC
-    | libc::O_APPEND
-    | libc::O_DIRECT
-    | libc::O_NOFOLLOW
-    | libc::O_SYNC
-    | libc::O_DSYNC;
-
-/// The flags for opening the backing file. `O_SYNC` is done by an fsync where waiting is harmless.
+/// The flags for opening the backing file. All others are the kernel's affair on our side, would change what `pwrite`
+/// means (`O_APPEND`), or want data as no request brings it (`O_DIRECT`). `O_SYNC` is done by a sync after the change.
 pub(super) fn backing_flags(flags: i32) -> i32 {
-    flags & !OURS | libc::O_CLOEXEC
+    flags & (libc::O_ACCMODE | libc::O_NOATIME) | libc::O_CLOEXEC
 }
 
 /// How the kernel is to treat an open file: `O_DIRECT` goes past its cache, so that one request is one result.
-pub(super) fn open_mode(flags: i32) -> (bool, FopenFlags) {
+pub(in crate::fs) fn open_mode(flags: i32) -> FopenFlags {
     match flags & libc::O_DIRECT != 0 {
-        true => (false, FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES),
-        false => (true, FopenFlags::empty()),
+        true => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+        false => FopenFlags::empty(),
     }
 }
 
 impl Core {
-    pub(super) fn open(&self, ino: u64, flags: i32) -> io::Result<Answer> {
+    pub(super) fn open(&self, ino: u64, flags: i32, reply: &Reply) -> io::Result<Answer> {
         let inode = self.tree.get(ino)?;
-        let file = File::from(inode.open(backing_flags(flags))?);
-        let (cached, mut mode) = open_mode(flags);
+        let file = open_backing(&inode, flags)?;
+        let mut served = self.serve_handle(&inode, &file, flags, reply);
+        let file = open_file(inode, file, flags, &served);
         // What the kernel has of the file is kept if nobody but us has changed it. To make the kernel drop it would
         // also make this open wait for every parked read.
-        if cached && inode.stamp(&stat(&file)?) {
-            mode |= FopenFlags::FOPEN_KEEP_CACHE;
-        } else if cached {
-            // With its pages go those that a failed read left behind.
-            self.holds_forget(ino);
+        if let (true, Served::ByUs(mode)) = (file.cached, &mut served) {
+            if file.inode.stamp(&stat(&file.file)?) {
+                *mode |= FopenFlags::FOPEN_KEEP_CACHE;
+            } else {
+                // With its pages go those that a failed read left behind.
+                self.holds_forget(ino);
+            }
         }
-        Ok(Answer::Opened(self.files.open(OpenFile { inode, file, cached }), mode))
+        Ok(Answer::Opened(self.files.open(file), served))
     }
 
     fn holds_forget(&self, ino: u64) {
@@ -80,32 +76,44 @@ impl Core {
         name: &std::ffi::OsStr,
         (mode, umask): (u32, u32),
         flags: i32,
+        reply: &Reply,
     ) -> io::Result<Answer> {
-        let exclusive = flags & libc::O_EXCL;
-        let backing = backing_flags(flags) | libc::O_CREAT | libc::O_NOFOLLOW | exclusive;
-        let mut opened: Option<OwnedFd> = None;
-        let entry = self.make(caller, parent, name, Creation { mode, umask }, |dir, name, mode| {
-            opened = Some(nix::fcntl::openat(dir, name, OFlag::from_bits_retain(backing), mode)?);
-            Ok(())
-        })?;
-        let inode = self.tree.get(entry.attr.ino.0)?;
-        let file = File::from(opened.ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))?);
-        inode.stamp(&stat(&file)?);
-        let (cached, mode) = open_mode(flags);
-        Ok(Answer::Created(entry, self.files.open(OpenFile { inode, file, cached }), mode))
+        let backing = OFlag::from_bits_retain(backing_flags(flags) | libc::O_CREAT | libc::O_EXCL);
+        let parent = self.tree.get(parent)?;
+        let made = self
+            .make(caller, &parent, Creation { mode, umask }, |dir, mode| nix::fcntl::openat(dir, name, backing, mode));
+        let file = match made {
+            // Somebody has made it below us since the kernel looked. Of `ESTALE` it makes another look, and an open.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && flags & libc::O_EXCL == 0 => {
+                return Err(io::Error::from_raw_os_error(libc::ESTALE));
+            }
+            other => other?,
+        };
+        let (inode, stat) = self.tree.adopt(&parent, name, &file)?;
+        let file = match flags & libc::O_DIRECT {
+            0 => File::from(file),
+            // The backing filesystem must have its say; the file is there then, as it is without us.
+            _ => open_backing(&inode, flags).inspect_err(|_| self.tree.forget(inode.id, 1))?,
+        };
+        let entry = Entry { attr: attr_of(&inode, &stat), keep: self.keep(&inode) };
+        inode.stamp(&stat);
+        let served = self.serve_handle(&inode, &file, flags, reply);
+        Ok(Answer::Created(entry, self.files.open(open_file(inode, file, flags, &served)), served))
     }
 
     /// At each close: from here on, changes that are not ours are told by the stamp.
     pub(super) fn flush(&self, fh: u64) -> io::Result<Answer> {
         let file = self.files.get(fh)?;
-        if file.inode.written.load(Acquire) {
+        if file.inode.changed.load(Acquire) {
             file.inode.stamp(&stat(&file.file)?);
         }
         Ok(Answer::Empty)
     }
 
     pub(super) fn release(&self, fh: u64) -> io::Result<Answer> {
-        if let Some((file, true)) = self.files.close(fh)
+        let Some((file, last)) = self.files.close(fh) else { return Ok(Answer::Empty) };
+        self.close_handle(&file);
+        if last
             && self.capacity.is_set()
             && let Ok(stat) = stat(&file.file)
             && stat.st_nlink == 0
@@ -117,6 +125,13 @@ impl Core {
 
     pub(super) fn read(&self, fh: u64, offset: u64, size: u32, flags: i32) -> io::Result<Answer> {
         let file = self.files.get(fh)?;
+        if flags & libc::O_DIRECT != 0 && !fits_direct(&file, offset, u64::from(size)) {
+            // Past the end there is nothing to read, however one asks.
+            return match offset >= stat(&file.file)?.st_size as u64 {
+                true => Ok(Answer::Data(Vec::new())),
+                false => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            };
+        }
         let mut data = buffer::lend(size as usize);
         let mut length = 0;
         while length < data.len() {
@@ -139,6 +154,9 @@ impl Core {
     pub(super) fn write(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
         let Call::Write { fh, offset, data, flags, origin, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
+        if flags & libc::O_DIRECT != 0 && !fits_direct(&file, *offset, data.len() as u64) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         let written = match drop || self.capacity.limits() || file.inode.undoable.load(Acquire) {
             false => write_at(&file.file, data, *offset)?,
             true => {
@@ -158,17 +176,18 @@ impl Core {
                 })?
             }
         };
-        if !file.inode.written.load(Relaxed) {
-            file.inode.written.store(true, Release);
+        if !file.inode.changed.load(Relaxed) {
+            file.inode.changed.store(true, Release);
         }
         if written < data.len() && origin.writeback {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
         if origin.kill_suidgid {
-            self.kill_suidgid(&file.file)?;
+            self.kill_suidgid(caller, &file.inode, &file.file)?;
         }
-        if !drop && !file.cached && flags & (libc::O_SYNC | libc::O_DSYNC) != 0 {
-            sync(&file.file, flags & libc::O_SYNC != libc::O_SYNC)?;
+        // Through the page cache, the kernel sends an fsync of its own.
+        if !drop && !file.cached {
+            Sync::of(*flags).keep(&file.file)?;
         }
         Ok(Answer::Written(written as u32))
     }
@@ -176,6 +195,9 @@ impl Core {
     pub(super) fn copy_file_range(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
         let Call::CopyFileRange { fh, offset, to_fh, to_offset, length, .. } = call else { return Err(misfit()) };
         let (from, to) = (self.files.get(*fh)?, self.files.get(*to_fh)?);
+        if !fits(from.alignment, *offset, *length) || !fits(to.alignment, *to_offset, *length) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         // What the source's reader would get ends with the source.
         let there = (stat(&from.file)?.st_size as u64).saturating_sub(*offset);
         let length = (*length).min(there).min(1 << 30);
@@ -195,8 +217,9 @@ impl Core {
             change.wrote(drop, range.start..range.start + copied as u64);
             Ok(copied)
         })?;
-        if caller.uid != 0 {
-            self.kill_suidgid(&to.file)?;
+        self.kill_suidgid(caller, &to.inode, &to.file)?;
+        if !drop {
+            to.sync.keep(&to.file)?;
         }
         Ok(Answer::Written(copied as u32))
     }
@@ -232,22 +255,23 @@ impl Core {
             }
             Ok(())
         })?;
-        if caller.uid != 0 {
-            self.kill_suidgid(&file.file)?;
+        self.kill_suidgid(caller, &file.inode, &file.file)?;
+        if !drop {
+            file.sync.keep(&file.file)?;
         }
         Ok(Answer::Empty)
     }
 
     pub(super) fn fsync(&self, fh: u64, datasync: bool, drop: bool) -> io::Result<Answer> {
         if !drop {
-            sync(&self.files.get(fh)?.file, datasync)?;
+            wanted(datasync).keep(&self.files.get(fh)?.file)?;
         }
         Ok(Answer::Empty)
     }
 
     pub(super) fn fsyncdir(&self, fh: u64, datasync: bool, drop: bool) -> io::Result<Answer> {
         if !drop {
-            sync(&self.files.directory(fh)?.file, datasync)?;
+            wanted(datasync).keep(&self.files.directory(fh)?.file)?;
         }
         Ok(Answer::Empty)
     }
@@ -295,7 +319,7 @@ impl Core {
         let undo = inode.undoable.load(Acquire).then(|| inode.undo.lock());
         let mut change = Change { fd, inode, undo, reservation: None };
         let result = act(&mut change);
-        inode.written.store(true, Release);
+        inode.changed.store(true, Release);
         let reservation = change.reservation.take();
         drop(change);
         if counted && self.capacity.is_set() {
@@ -390,8 +414,58 @@ fn write_at(file: &File, data: &[u8], offset: u64) -> io::Result<usize> {
     Ok(written)
 }
 
-fn sync(file: &File, data_only: bool) -> io::Result<()> {
-    if data_only { file.sync_data() } else { file.sync_all() }
+fn wanted(data_only: bool) -> Sync {
+    if data_only { Sync::Data } else { Sync::All }
+}
+
+/// Opens the backing file for an open file of ours.
+fn open_backing(inode: &Inode, flags: i32) -> io::Result<File> {
+    let wanted = backing_flags(flags);
+    let opened = match flags & libc::O_DIRECT {
+        0 => inode.open(wanted),
+        // Where the backing filesystem has no direct I/O, this is refused as it would be there.
+        _ => inode.open(wanted | libc::O_DIRECT).and_then(without_direct),
+    };
+    match opened {
+        // An append-only file (`chattr +a`) can be opened for nothing else; where a write goes is the same then.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) && flags & libc::O_APPEND != 0 => {
+            Ok(inode.open(wanted | libc::O_APPEND)?.into())
+        }
+        other => Ok(other?.into()),
+    }
+}
+
+fn open_file(inode: Arc<Inode>, file: File, flags: i32, served: &Served) -> OpenFile {
+    let by_kernel = matches!(served, Served::ByKernel(_));
+    let direct = flags & libc::O_DIRECT != 0;
+    let alignment = if direct { alignment(&file) } else { None };
+    OpenFile { inode, file, cached: !direct && !by_kernel, by_kernel, sync: Sync::of(flags), alignment }
+}
+
+/// As the backing filesystem wants it. btrfs tells one, and serves what is not aligned through its page cache.
+fn alignment(file: &File) -> Option<u32> {
+    let is_btrfs = || nix::sys::statfs::fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == BTRFS_SUPER_MAGIC);
+    dio::alignment(file).ok().flatten().filter(|_| !is_btrfs())
+}
+
+/// Would the backing filesystem take direct I/O of this place? Where the program's buffer lies, no request tells.
+fn fits_direct(file: &OpenFile, offset: u64, length: u64) -> bool {
+    // Nobody wants more than this.
+    if (offset | length).is_multiple_of(4096) {
+        return true;
+    }
+    // A handle that became direct later, by fcntl, was not asked about when it was opened.
+    fits(if file.cached { alignment(&file.file) } else { file.alignment }, offset, length)
+}
+
+fn fits(alignment: Option<u32>, offset: u64, length: u64) -> bool {
+    alignment.is_none_or(|alignment| (offset | length).is_multiple_of(u64::from(alignment)))
+}
+
+fn without_direct(fd: OwnedFd) -> io::Result<OwnedFd> {
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    fcntl(&fd, FcntlArg::F_SETFL(flags - OFlag::O_DIRECT))?;
+    Ok(fd)
 }
 
 fn misfit() -> io::Error {

@@ -15,9 +15,12 @@ use super::call::{Answer, Call, Caller, Reply};
 use super::serve::{Core, Performed};
 use crate::fault::Firing;
 
-/// The errno of an error; what has none is an I/O error.
+/// The errno of an error; what has none is an I/O error. That we have too many files open is not the caller's doing.
 pub fn errno(error: &io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => libc::ENFILE,
+        errno => errno.unwrap_or(libc::EIO),
+    }
 }
 
 impl Core {
@@ -42,9 +45,9 @@ impl Core {
                 self.rename(*parent, name, *to_parent, to_name, *flags)
             }
             Call::Link { ino, parent, name } => self.link(*ino, *parent, name),
-            Call::Open { ino, flags } => self.open(*ino, *flags),
+            Call::Open { ino, flags } => self.open(*ino, *flags, reply),
             Call::Create { parent, name, mode, umask, flags } => {
-                self.create(caller, *parent, name, (*mode, *umask), *flags)
+                self.create(caller, *parent, name, (*mode, *umask), *flags, reply)
             }
             Call::Read { fh, offset, size, flags, .. } => self.read(*fh, *offset, *size, *flags),
             Call::Write { .. } => self.write(caller, call, drop),
@@ -63,9 +66,9 @@ impl Core {
             }
             Call::Fsyncdir { fh, datasync, .. } => self.fsyncdir(*fh, *datasync, drop),
             Call::Statfs { .. } => self.statfs(),
-            Call::Setxattr { ino, name, value, flags } => self.setxattr(*ino, name, value, *flags),
+            Call::Setxattr { ino, name, value, flags } => self.setxattr(caller, *ino, name, value, *flags),
             Call::Getxattr { ino, name, size } => self.getxattr(*ino, name, *size),
-            Call::Listxattr { ino, size } => self.listxattr(*ino, *size),
+            Call::Listxattr { ino, size } => self.listxattr(caller, *ino, *size),
             Call::Removexattr { ino, name } => self.removexattr(*ino, name),
             Call::Lseek { fh, offset, whence, .. } => self.lseek(*fh, *offset, *whence),
             Call::Ioctl { ino, command, input, output_size, .. } => self.ioctl(*ino, *command, input, *output_size),

@@ -15,11 +15,11 @@ use nix::sys::stat::{FileStat, Mode, SFlag};
 use nix::unistd::UnlinkatFlags;
 
 use super::attributes::attr_of;
-use crate::fs::call::{Answer, Call, Caller, DirectorySink, Entry, Reply};
-use crate::fs::files::OpenFile;
+use crate::fs::call::{Answer, Call, Caller, DirectorySink, Entry, Reply, Served};
+use crate::fs::files::{OpenFile, Sync};
 use crate::fs::inode::Inode;
 use crate::fs::serve::Core;
-use crate::fs::tree::{stat, stat_at};
+use crate::fs::tree::stat;
 use crate::sys::{dents, ids};
 
 /// What a new file is made with.
@@ -42,28 +42,45 @@ impl Core {
         Ok(Entry { attr: attr_of(&inode, &stat), keep: self.keep(&inode) })
     }
 
-    /// Makes a name as the caller, and finds what was made.
-    pub(super) fn make(
+    /// Makes something in a directory, as the caller.
+    pub(super) fn make<T>(
+        &self,
+        caller: &Caller,
+        parent: &Inode,
+        creation: Creation,
+        act: impl FnOnce(BorrowedFd<'_>, Mode) -> nix::Result<T>,
+    ) -> io::Result<T> {
+        let dir = parent.path_fd()?;
+        let mode = Mode::from_bits_truncate(creation.mode & 0o7777);
+        let counted = self.capacity.is_set();
+        let before = if counted { stat(&dir)?.st_blocks } else { 0 };
+        let made =
+            ids::with_umask(creation.umask, || ids::as_caller(caller.uid, caller.gid, || Ok(act(dir.as_fd(), mode)?)));
+        let made = made.inspect_err(|error| tell_powerless(error, caller))?;
+        if counted {
+            // The directory may have grown by the name.
+            self.capacity.taken((stat(&dir)?.st_blocks - before).max(0) as u64);
+        }
+        Ok(made)
+    }
+
+    /// The same, and finds what was made under its name.
+    fn make_name(
         &self,
         caller: &Caller,
         parent: u64,
         name: &OsStr,
         creation: Creation,
-        act: impl FnOnce(BorrowedFd<'_>, &OsStr, Mode) -> nix::Result<()>,
-    ) -> io::Result<Entry> {
+        act: impl FnOnce(BorrowedFd<'_>, Mode) -> nix::Result<()>,
+    ) -> io::Result<Answer> {
         let parent = self.tree.get(parent)?;
-        let dir = parent.path_fd()?;
-        let mode = Mode::from_bits_truncate(creation.mode & 0o7777);
-        let counted = self.capacity.is_set();
-        let before = if counted { stat(&dir)?.st_blocks } else { 0 };
-        ids::with_umask(creation.umask, || ids::as_caller(caller.uid, caller.gid, || act(dir.as_fd(), name, mode)))?;
+        self.make(caller, &parent, creation, act)?;
         let entry = self.entry(&parent, name)?;
-        if counted {
-            // A directory may have grown by the name; directories and long symlinks have blocks of their own.
-            let grown = (stat(&dir)?.st_blocks - before).max(0) as u64;
-            self.capacity.taken(grown + entry.attr.blocks);
+        if self.capacity.is_set() {
+            // Directories and long symlinks have blocks of their own.
+            self.capacity.taken(entry.attr.blocks);
         }
-        Ok(entry)
+        Ok(Answer::Entry(entry))
     }
 
     pub(super) fn mknod(
@@ -76,10 +93,9 @@ impl Core {
         rdev: u32,
     ) -> io::Result<Answer> {
         let kind = SFlag::from_bits_truncate(mode & libc::S_IFMT);
-        let made = self.make(caller, parent, name, Creation { mode, umask }, |dir, name, mode| {
+        self.make_name(caller, parent, name, Creation { mode, umask }, |dir, mode| {
             nix::sys::stat::mknodat(dir, name, kind, mode, u64::from(rdev))
-        });
-        made.map(Answer::Entry)
+        })
     }
 
     /// A directory takes a block of its own.
@@ -95,22 +111,21 @@ impl Core {
             self.inject_space(caller, call, None, Some(libc::ENOSPC));
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
-        let entry = self.make(caller, parent, name, Creation { mode, umask }, |dir, name, mode| {
+        self.make_name(caller, parent, name, Creation { mode, umask }, |dir, mode| {
             nix::sys::stat::mkdirat(dir, name, mode)
-        })?;
-        Ok(Answer::Entry(entry))
+        })
     }
 
     pub(super) fn symlink(&self, caller: &Caller, parent: u64, name: &OsStr, target: &OsStr) -> io::Result<Answer> {
-        let made = self.make(caller, parent, name, Creation { mode: 0, umask: 0 }, |dir, name, _| {
+        self.make_name(caller, parent, name, Creation { mode: 0, umask: 0 }, |dir, _| {
             nix::unistd::symlinkat(target, dir, name)
-        });
-        made.map(Answer::Entry)
+        })
     }
 
     pub(super) fn link(&self, ino: u64, parent: u64, name: &OsStr) -> io::Result<Answer> {
         let (inode, parent) = (self.tree.get(ino)?, self.tree.get(parent)?);
         nix::unistd::linkat(inode.path_fd()?, "", parent.path_fd()?, name, AtFlags::AT_EMPTY_PATH)?;
+        inode.changed.store(true, Release);
         self.entry(&parent, name).map(Answer::Entry)
     }
 
@@ -125,7 +140,7 @@ impl Core {
     fn remove(&self, parent: u64, name: &OsStr, how: UnlinkatFlags) -> io::Result<Answer> {
         let parent = self.tree.get(parent)?;
         let dir = parent.path_fd()?;
-        let going = self.before_losing(&parent, &dir, name);
+        let going = self.before_losing(&parent, name);
         nix::unistd::unlinkat(&dir, name, how)?;
         self.after_losing(going, parent.id, name);
         Ok(Answer::Empty)
@@ -133,15 +148,13 @@ impl Core {
 
     /// What a name is about to stop naming: kept reachable if the kernel still knows it, and its blocks for the
     /// account.
-    fn before_losing(&self, parent: &Inode, dir: impl AsFd, name: &OsStr) -> Going {
-        let inode = self.tree.peek(parent, name);
-        let stat = stat_at(dir, name).ok();
-        let is_dir = stat.is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
-        let last = is_dir || stat.is_some_and(|stat| stat.st_nlink == 1);
+    fn before_losing(&self, parent: &Inode, name: &OsStr) -> Going {
+        let Ok((inode, stat)) = self.tree.peek(parent, name) else { return Going::default() };
+        let last = stat.st_nlink == 1 || stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
         if let Some(inode) = inode.as_ref().filter(|_| last) {
             inode.hold();
         }
-        Going { inode, last, blocks: stat.filter(|_| last).map_or(0, |stat| stat.st_blocks as u64) }
+        Going { inode, last, blocks: if last { stat.st_blocks as u64 } else { 0 } }
     }
 
     fn after_losing(&self, going: Going, parent: u64, name: &OsStr) {
@@ -168,13 +181,14 @@ impl Core {
         let (from_fd, to_fd) = (from.path_fd()?, to.path_fd()?);
         let flags = RenameFlags::from_bits_retain(flags);
         let exchange = flags.contains(RenameFlags::RENAME_EXCHANGE);
-        let moving = self.tree.peek(&from, name);
-        let other = if exchange { self.tree.peek(&to, to_name) } else { None };
+        let known = |dir, name| self.tree.peek(dir, name).ok()?.0;
+        let moving = known(&from, name);
+        let other = if exchange { known(&to, to_name) } else { None };
         let same = |going: &Going| going.inode.as_ref().zip(moving.as_ref()).is_some_and(|(a, b)| a.id == b.id);
         let replaced = match exchange {
             true => None,
             // Renaming one link of a file over another does nothing.
-            false => Some(self.before_losing(&to, &to_fd, to_name)).filter(|going| !same(going)),
+            false => Some(self.before_losing(&to, to_name)).filter(|going| !same(going)),
         };
         nix::fcntl::renameat2(&from_fd, name, &to_fd, to_name, flags)?;
         if let Some(going) = replaced {
@@ -197,8 +211,15 @@ impl Core {
         let inode = self.tree.get(ino)?;
         let only = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC | (flags & libc::O_NOATIME);
         let file = std::fs::File::from(inode.open(only)?);
-        let fh = self.files.open_directory(OpenFile { inode, file, cached: false });
-        Ok(Answer::Opened(fh, FopenFlags::empty()))
+        let fh = self.files.open_directory(OpenFile {
+            inode,
+            file,
+            cached: false,
+            by_kernel: false,
+            sync: Sync::No,
+            alignment: None,
+        });
+        Ok(Answer::Opened(fh, Served::ByUs(FopenFlags::empty())))
     }
 
     pub(super) fn readdir(&self, fh: u64, offset: u64, reply: &mut Reply) -> io::Result<Answer> {
@@ -263,7 +284,19 @@ impl Core {
     }
 }
 
+/// Says once why nothing can be made for others.
+fn tell_powerless(error: &io::Error, caller: &Caller) {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    if error.raw_os_error() == Some(libc::EPERM) && !ids::can_impersonate() {
+        let (uid, gid) = (caller.uid, caller.gid);
+        ONCE.call_once(|| {
+            tracing::warn!(uid, gid, "refused (EPERM): without root's powers we can make files for our own user only");
+        });
+    }
+}
+
 /// A file whose name is about to go.
+#[derive(Default)]
 struct Going {
     inode: Option<Arc<Inode>>,
     /// Is it the file's last name?

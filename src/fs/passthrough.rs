@@ -1,0 +1,119 @@
+//! Files that the kernel serves by itself, at the speed of the backing filesystem: `mount --passthrough GLOB`.
+//!
+//! Decided by the readers at each open, under a lock of the file's own for a few instructions. The kernel (Linux 6.9 and
+//! later, Documentation/filesystems/fuse/fuse-passthrough.rst) binds us: all open handles of a file are passed through or
+//! none is, with one backing id for all of them that lives until the last is closed; and what is passed through cannot be
+//! taken back. We see nothing of its reads, writes and mappings; fsync, truncate, fallocate, names and attributes come to
+//! us as ever. So a file that a fault is wanted for is not passed through: a rule on its data, a capacity, dropped writes.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Acquire;
+
+use fuser::BackingId;
+use globset::GlobSet;
+use parking_lot::Mutex;
+
+use super::call::{Reply, Served};
+use super::files::OpenFile;
+use super::inode::Inode;
+use super::ops::data::open_mode;
+use super::serve::Core;
+use crate::fault::{Op, Rule};
+
+/// The open handles of one file, and who serves them.
+#[derive(Debug, Default)]
+pub struct Handles(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    by_us: u32,
+    by_kernel: u32,
+    backing: Option<Arc<BackingId>>,
+}
+
+impl Handles {
+    /// Takes one more handle: served by the kernel if that is wanted and all others are.
+    fn open(&self, wanted: Option<BackingId>) -> Option<Arc<BackingId>> {
+        let mut state = self.0.lock();
+        let id = match (wanted, state.by_us) {
+            (Some(new), 0) => state.backing.get_or_insert_with(|| Arc::new(new)).clone(),
+            // Somebody passes it through, so this handle has to be, whatever is wanted.
+            (None, 0) if state.by_kernel > 0 => state.backing.clone()?,
+            _ => {
+                state.by_us += 1;
+                return None;
+            }
+        };
+        state.by_kernel += 1;
+        Some(id)
+    }
+
+    /// Gives one back; the backing id goes with the last one.
+    fn close(&self, by_kernel: bool) {
+        let mut state = self.0.lock();
+        let count = if by_kernel { &mut state.by_kernel } else { &mut state.by_us };
+        *count = count.saturating_sub(1);
+        let id = if state.by_kernel == 0 { state.backing.take() } else { None };
+        drop(state);
+        // To close it is a call to the kernel.
+        drop(id);
+    }
+}
+
+/// Does the rule concern what the kernel does by itself for such a file?
+fn is_blind_to(rule: &Rule) -> bool {
+    rule.spec.enabled && [Op::Read, Op::Write].iter().any(|op| rule.ops.may_concern(*op))
+}
+
+impl Core {
+    /// Decides who serves a handle that is about to be opened.
+    pub(super) fn serve_handle(&self, inode: &Arc<Inode>, file: &File, flags: i32, reply: &Reply) -> Served {
+        let Some(globs) = &self.passthrough else { return Served::ByUs(open_mode(flags)) };
+        let wanted = self.wants_passthrough(globs, inode).then(|| reply.open_backing(file));
+        let wanted = wanted.and_then(|id| id.inspect_err(tell_refused).ok());
+        match inode.handles.open(wanted) {
+            Some(id) => Served::ByKernel(id),
+            None => Served::ByUs(open_mode(flags)),
+        }
+    }
+
+    pub(super) fn close_handle(&self, file: &OpenFile) {
+        if self.passthrough.is_some() {
+            file.inode.handles.close(file.by_kernel);
+        }
+    }
+
+    fn wants_passthrough(&self, globs: &GlobSet, inode: &Arc<Inode>) -> bool {
+        inode.is_regular()
+            && !self.capacity.limits()
+            && !inode.undoable.load(Acquire)
+            && inode.paths().any(|one| globs.is_match(OsString::from_vec(one)))
+            && !self.arming.plan().rules.iter().any(|rule| is_blind_to(rule) && is_about(rule, inode))
+    }
+
+    /// The open handles that a rule cannot reach, because the kernel serves them: number and path.
+    pub fn out_of_reach(&self, rule: &Rule) -> Vec<(u64, String)> {
+        if self.passthrough.is_none() || !is_blind_to(rule) {
+            return Vec::new();
+        }
+        let version = self.tree.version();
+        let meant = |file: &OpenFile| file.by_kernel && is_about(rule, &file.inode);
+        let path = |file: &OpenFile| String::from_utf8_lossy(&file.inode.path(version)).into_owned();
+        let files = self.files.all().into_iter().filter(|(_, file)| meant(file));
+        files.map(|(fh, file)| (fh, path(&file))).collect()
+    }
+}
+
+fn is_about(rule: &Rule, inode: &Arc<Inode>) -> bool {
+    let paths: Vec<Vec<u8>> = inode.paths().collect();
+    rule.path_matches(paths.iter().map(Vec::as_slice))
+}
+
+fn tell_refused(error: &io::Error) {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| tracing::warn!(%error, "the kernel refuses to pass a file through: such files are served by us"));
+}
