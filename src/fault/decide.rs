@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use siphasher::sip::SipHasher13;
 
+use super::index::Wanted;
 use super::kind::{Fault, Then};
 use super::op::{Op, OpSet};
 use super::plan::{Plan, Rule};
@@ -17,8 +18,8 @@ use super::plan::{Plan, Rule};
 pub trait Facts {
     fn op(&self) -> Op;
     fn uid(&self) -> u32;
-    /// Is the caller's process (not only its thread) this one?
-    fn is_process(&self, pid: u32) -> bool;
+    /// The caller's process, not its thread.
+    fn pid(&self) -> u32;
     /// Bytes touched: offset and length, where the operation has them.
     fn range(&self) -> Option<(u64, u64)>;
     /// Is it a setattr that changes the size?
@@ -81,8 +82,11 @@ pub fn decide(plan: &Plan, facts: &impl Facts) -> Decision {
         return decision;
     }
     let paths = facts.path_bits(plan);
+    let wanted = Wanted { pid: || facts.pid(), uid: facts.uid(), range: facts.range() };
+    let mut narrowed = plan.index.as_ref().map(|index| index.narrow(wanted));
     for (w, word) in candidates.iter().enumerate() {
         let mut left = word & paths.as_ref().map_or(u64::MAX, |bits| bits[w]);
+        left &= narrowed.as_mut().map_or(u64::MAX, |narrowed| narrowed.word(w));
         while left != 0 {
             let rule = &plan.rules[w * 64 + left.trailing_zeros() as usize];
             left &= left - 1;
@@ -142,7 +146,7 @@ fn matches(rule: &Rule, facts: &impl Facts, path_known: bool) -> bool {
         && rule.offset.as_ref().is_none_or(|wanted| touches(facts.range(), wanted))
         && rule.deadline_ns.is_none_or(|deadline| facts.now_ns() < deadline)
         && (path_known || facts.path_matches(rule))
-        && rule.pid.is_none_or(|pid| facts.is_process(pid))
+        && rule.pid.is_none_or(|pid| pid == facts.pid())
         && meets_condition(rule.ops, facts)
 }
 
@@ -202,8 +206,8 @@ mod tests {
         fn uid(&self) -> u32 {
             0
         }
-        fn is_process(&self, pid: u32) -> bool {
-            pid == 1
+        fn pid(&self) -> u32 {
+            1
         }
         fn range(&self) -> Option<(u64, u64)> {
             Some((4096, 100))

@@ -9,6 +9,7 @@ pub mod compile;
 pub mod decide;
 pub mod document;
 pub mod errno;
+pub mod index;
 pub mod kind;
 pub mod op;
 pub mod plan;

@@ -13,6 +13,7 @@ use std::time::SystemTime;
 
 use globset::{GlobMatcher, GlobSet, GlobSetBuilder};
 
+use super::index::Index;
 use super::kind::Fault;
 use super::op::{Op, OpSet};
 use super::spec::RuleSpec;
@@ -120,6 +121,8 @@ pub struct Plan {
     by_op: Vec<Box<[u64]>>,
     /// The path conditions of many rules as one automaton, with the rule of each; built when a path is first asked for.
     globs: OnceLock<Option<(GlobSet, Vec<usize>)>>,
+    /// Of many rules.
+    pub index: Option<Index>,
 }
 
 /// With more rules than this, their paths are matched together.
@@ -129,9 +132,9 @@ impl Plan {
     /// A plan of the rules that can still act: disabled ones are kept out, expired and exhausted ones decide for
     /// themselves.
     pub fn new(id: u64, rules: Vec<Arc<Rule>>) -> Plan {
-        let words = rules.len().div_ceil(64);
-        let by_op = Op::ALL.iter().map(|op| bits(words, &rules, |rule| acts_on(rule, *op))).collect();
-        Plan { id, rules, by_op, globs: OnceLock::new() }
+        let by_op = Op::ALL.iter().map(|op| bits(&rules, |rule| acts_on(rule, *op))).collect();
+        let index = (rules.len() > MANY).then(|| Index::new(&rules));
+        Plan { id, rules, by_op, globs: OnceLock::new(), index }
     }
 
     /// The bits of the rules that could concern an operation.
@@ -150,12 +153,11 @@ impl Plan {
 
     /// The bits of the rules whose path condition holds for any of these paths; a rule without one always holds.
     pub fn path_bits<'a>(&self, paths: impl Iterator<Item = &'a [u8]> + Clone) -> Box<[u64]> {
-        let words = self.rules.len().div_ceil(64);
         let together = self.is_large().then(|| self.globs.get_or_init(|| self.all_globs()).as_ref()).flatten();
         let Some((set, rules)) = together else {
-            return bits(words, &self.rules, |rule| rule.path_matches(paths.clone()));
+            return bits(&self.rules, |rule| rule.path_matches(paths.clone()));
         };
-        let mut bits = bits(words, &self.rules, |rule| rule.path.is_none());
+        let mut bits = bits(&self.rules, |rule| rule.path.is_none());
         let mut found = Vec::new();
         for path in paths {
             set.matches_into(OsStr::from_bytes(path), &mut found);
@@ -197,10 +199,10 @@ fn acts_on(rule: &Rule, op: Op) -> bool {
     rule.spec.enabled && rule.fault != Fault::Full && rule.ops.may_concern(op)
 }
 
-fn bits(words: usize, rules: &[Arc<Rule>], holds: impl Fn(&Rule) -> bool) -> Box<[u64]> {
-    let mut bits = vec![0u64; words].into_boxed_slice();
-    for (i, rule) in rules.iter().enumerate().filter(|(_, rule)| holds(rule)) {
-        debug_assert!(i / 64 < words, "{}", rule.name);
+/// A bit for each rule that something holds for.
+pub(super) fn bits(rules: &[Arc<Rule>], holds: impl Fn(&Rule) -> bool) -> Box<[u64]> {
+    let mut bits = vec![0u64; rules.len().div_ceil(64)].into_boxed_slice();
+    for (i, _) in rules.iter().enumerate().filter(|(_, rule)| holds(rule)) {
         bits[i / 64] |= 1 << (i % 64);
     }
     bits

@@ -47,6 +47,8 @@ pub struct Inode {
     /// `O_PATH` descriptor: of directories while there is room, of what has no handle, of what was unlinked.
     held: OnceLock<OwnedFd>,
     names: Mutex<Names>,
+    /// Of a directory: was a name looked up in it since it was last listed from its beginning?
+    pub looked_into: AtomicBool,
     /// References that the kernel holds; changed under the lock of the table.
     pub lookups: AtomicU64,
     /// Open handles of ours.
@@ -119,6 +121,7 @@ impl Inode {
             mount,
             held: cell,
             names: Mutex::default(),
+            looked_into: AtomicBool::new(false),
             lookups: AtomicU64::new(0),
             opens: AtomicU32::new(0),
             undo: Mutex::default(),

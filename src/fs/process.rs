@@ -6,7 +6,6 @@
 
 use std::cell::RefCell;
 use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::event::record::Comm;
@@ -52,11 +51,6 @@ fn read(tid: u32) -> Option<Process> {
     };
     let pid = std::str::from_utf8(field("Tgid:")?).ok()?.parse().ok()?;
     Some(Process { pid, comm: Comm::new(field("Name:")?) })
-}
-
-/// Does the thread belong to the process?
-pub fn is_in(tid: u32, pid: u32) -> bool {
-    tid == pid || (tid != 0 && Path::new(&format!("/proc/{pid}/task/{tid}")).exists())
 }
 
 /// When the thread was started, in the kernel's ticks: with its number, this names it for good.
@@ -165,7 +159,6 @@ mod tests {
         let tid = std::thread::spawn(|| nix::unistd::gettid().as_raw() as u32);
         let alive = nix::unistd::gettid().as_raw() as u32;
         assert_eq!(of_thread(alive).pid, pid);
-        assert!(is_in(alive, pid) && !is_in(alive, 1));
         assert!(!is_dying(alive, start_time(alive)));
         let gone = tid.join().unwrap();
         assert!(is_dying(gone, Some(1)));

@@ -404,8 +404,8 @@ impl Facts for Request<'_> {
         self.caller.uid
     }
 
-    fn is_process(&self, pid: u32) -> bool {
-        process::is_in(self.caller.tid, pid)
+    fn pid(&self) -> u32 {
+        process::of_thread(self.caller.tid).pid
     }
 
     fn range(&self) -> Option<(u64, u64)> {

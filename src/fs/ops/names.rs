@@ -29,12 +29,21 @@ pub(super) struct Creation {
     pub umask: u32,
 }
 
-/// Bytes of directory entries that are read at a time.
-const DENTS: usize = 16 << 10;
+/// Bytes of directory entries that are read at a time: about as many entries as fit into an answer.
+const DENTS: usize = 32 << 10;
+/// With attributes an answer has room for so many fewer.
+const DENTS_PLUS: usize = 8 << 10;
+/// The kernel asks for attributes at the beginning of every directory. Unless they were wanted of this one before, these
+/// many entries have them, and the kernel goes on without.
+const PLUS_AT_FIRST: usize = 16;
 
 impl Core {
     pub(super) fn lookup(&self, parent: u64, name: &OsStr) -> io::Result<Answer> {
-        self.entry(&self.tree.get(parent)?, name).map(Answer::Entry)
+        let parent = self.tree.get(parent)?;
+        if !parent.looked_into.load(Relaxed) {
+            parent.looked_into.store(true, Relaxed);
+        }
+        self.entry(&parent, name).map(Answer::Entry)
     }
 
     fn entry(&self, parent: &Arc<Inode>, name: &OsStr) -> io::Result<Entry> {
@@ -224,7 +233,7 @@ impl Core {
 
     pub(super) fn readdir(&self, fh: u64, offset: u64, reply: &mut Reply) -> io::Result<Answer> {
         let directory = self.files.directory(fh)?;
-        self.each_entry(&directory, offset, |entry| {
+        self.each_entry::<DENTS>(&directory, offset, |entry| {
             reply.add(entry.ino, entry.next as u64, kind(entry.kind), entry.name)
         })
     }
@@ -232,8 +241,12 @@ impl Core {
     pub(super) fn readdirplus(&self, fh: u64, offset: u64, reply: &mut Reply) -> io::Result<Answer> {
         let directory = self.files.directory(fh)?;
         let own = stat(&directory.file)?;
+        let wanted = offset != 0 || directory.inode.looked_into.swap(false, Relaxed);
+        let mut room = if wanted { usize::MAX } else { PLUS_AT_FIRST };
         let (mut failed, mut listed_any) = (None, false);
-        let answer = self.each_entry(&directory, offset, |listed| {
+        let answer = self.each_entry::<DENTS_PLUS>(&directory, offset, |listed| {
+            let Some(left) = room.checked_sub(1) else { return true };
+            room = left;
             if listed.name == "." || listed.name == ".." {
                 return reply.add_plus(&self.dot(&directory.inode, &own, listed), listed.next as u64, listed.name);
             }
@@ -267,14 +280,14 @@ impl Core {
 
     /// Goes through a directory from an offset until the reply is full. Nothing is kept between two calls: the offset
     /// is the backing filesystem's own.
-    fn each_entry(
+    fn each_entry<const BYTES: usize>(
         &self,
         directory: &OpenFile,
         offset: u64,
         mut add: impl FnMut(&dents::Entry<'_>) -> bool,
     ) -> io::Result<Answer> {
         nix::unistd::lseek(&directory.file, offset as i64, nix::unistd::Whence::SeekSet)?;
-        let mut buffer = [0u8; DENTS];
+        let mut buffer = [0u8; BYTES];
         loop {
             let read = dents::read(&directory.file, &mut buffer)?;
             if read == 0 || dents::entries(&buffer[..read]).any(|entry| add(&entry)) {
