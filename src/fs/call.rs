@@ -17,6 +17,7 @@ use fuser::{
     ReplyWrite, ReplyXattr,
 };
 
+use super::buffer::Buffer;
 use crate::fault::Op;
 
 /// Who calls. FUSE tells the thread, not the process; 0 for the kernel itself, or outside our pid namespace.
@@ -319,8 +320,7 @@ pub enum Answer {
     Empty,
     Entry(Entry),
     Attr(FileAttr, Duration),
-    /// Bytes of a buffer of this thread's, given back after the reply.
-    Data(Vec<u8>),
+    Data(Buffer),
     Opened(u64, Served),
     Created(Entry, u64, Served),
     Written(u32),
@@ -338,6 +338,12 @@ pub enum Served {
     ByUs(FopenFlags),
     /// Passed through to the backing file, see [`super::passthrough`].
     ByKernel(Arc<BackingId>),
+}
+
+impl Served {
+    pub fn by_kernel(&self) -> bool {
+        matches!(self, Served::ByKernel(_))
+    }
 }
 
 /// Space of the filesystem, in its blocks.
@@ -421,10 +427,7 @@ impl Reply {
                 reply.entry_with_ttls(&entry.keep.attributes, &entry.keep.name, &entry.attr, Generation(0));
             }
             (Reply::Attr(reply), Answer::Attr(attr, keep)) => reply.attr(&keep, &attr),
-            (Reply::Data(reply), Answer::Data(data)) => {
-                reply.data(&data);
-                super::buffer::give_back(data);
-            }
+            (Reply::Data(reply), Answer::Data(data)) => reply.data(&data),
             (Reply::Open(reply), Answer::Opened(fh, served)) => match served {
                 Served::ByUs(flags) => reply.opened(FileHandle(fh), flags),
                 Served::ByKernel(id) => reply.opened_passthrough(FileHandle(fh), FopenFlags::empty(), &id),
@@ -449,10 +452,7 @@ impl Reply {
                 s.fragment_size,
             ),
             (Reply::Xattr(reply), Answer::Size(size)) => reply.size(size),
-            (Reply::Xattr(reply), Answer::Data(data)) => {
-                reply.data(&data);
-                super::buffer::give_back(data);
-            }
+            (Reply::Xattr(reply), Answer::Data(data)) => reply.data(&data),
             (Reply::Lseek(reply), Answer::Offset(offset)) => reply.offset(offset),
             (Reply::Directory(reply), Answer::Directory) => reply.ok(),
             (Reply::DirectoryPlus(reply), Answer::Directory) => reply.ok(),

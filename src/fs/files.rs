@@ -6,8 +6,9 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::*;
+use std::sync::atomic::{AtomicBool, Ordering::*};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use parking_lot::RwLock;
 use slab::Slab;
 
@@ -18,17 +19,41 @@ use crate::fault::Op;
 #[derive(Debug)]
 pub struct OpenFile {
     pub inode: Arc<Inode>,
-    /// On the backing directory; never `O_APPEND` (the kernel says where to write) nor `O_DIRECT` (the data in a
-    /// request is not aligned for it).
+    /// On the backing directory; not `O_APPEND`, because the kernel says where to write.
     pub file: File,
+    /// Is it `O_DIRECT`? As the caller's own descriptor is, which can change that.
+    direct: AtomicBool,
     /// Does the kernel keep its pages?
     pub cached: bool,
     /// Does the kernel serve it by itself?
     pub by_kernel: bool,
     /// What must be on disk before any change is answered.
     pub sync: Sync,
-    /// To a multiple of what offset and length of direct I/O must be.
-    pub alignment: Option<u32>,
+}
+
+impl OpenFile {
+    /// A file that was opened with these flags of the caller's.
+    pub fn new(inode: Arc<Inode>, file: File, flags: i32, by_kernel: bool) -> OpenFile {
+        let direct = flags & libc::O_DIRECT != 0;
+        let cached = !direct && !by_kernel && !inode.is_dir();
+        OpenFile { inode, file, direct: direct.into(), cached, by_kernel, sync: Sync::of(flags) }
+    }
+
+    /// Does I/O with these flags of the caller's go past the page cache of the backing filesystem? What that filesystem
+    /// takes then, of which place and length, and what it makes of an error of the disk, is for itself to say.
+    ///
+    /// # Errors
+    /// When the caller has set `O_DIRECT` later, and the backing filesystem has no such thing.
+    pub fn is_direct(&self, flags: i32) -> io::Result<bool> {
+        let wanted = flags & libc::O_DIRECT != 0;
+        if wanted != self.direct.load(Relaxed) {
+            let now = OFlag::from_bits_retain(fcntl(&self.file, FcntlArg::F_GETFL)?);
+            let other = if wanted { now | OFlag::O_DIRECT } else { now - OFlag::O_DIRECT };
+            fcntl(&self.file, FcntlArg::F_SETFL(other))?;
+            self.direct.store(wanted, Relaxed);
+        }
+        Ok(wanted)
+    }
 }
 
 /// What an open file promises of each change.

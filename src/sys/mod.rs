@@ -6,7 +6,6 @@
 #![allow(unsafe_code)]
 
 pub mod dents;
-pub mod dio;
 pub mod fiemap;
 pub mod handle;
 pub mod ids;

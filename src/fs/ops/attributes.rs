@@ -111,8 +111,7 @@ impl Core {
             self.truncate(caller, &inode, fh, size, drop)?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
-            let (uid, gid) = (changes.uid.map(Uid::from_raw), changes.gid.map(Gid::from_raw));
-            fchownat(&fd, "", uid, gid, AtFlags::AT_EMPTY_PATH | AtFlags::AT_SYMLINK_NOFOLLOW)?;
+            self.chown(caller, &inode, &fd, changes)?;
         }
         if let Some(mode) = changes.mode {
             self.chmod(&fd, mode)?;
@@ -125,6 +124,19 @@ impl Core {
         inode.changed.store(true, Release);
         let stat = stat(&fd)?;
         Ok(self.attr_answer(&inode, &stat))
+    }
+
+    fn chown(&self, caller: &Caller, inode: &Inode, fd: impl AsFd, changes: &Changes) -> io::Result<()> {
+        let (uid, gid) = (changes.uid.map(Uid::from_raw), changes.gid.map(Gid::from_raw));
+        let before = inode.privileged.load(Acquire).then(|| stat(&fd)).transpose()?;
+        fchownat(&fd, "", uid, gid, AtFlags::AT_EMPTY_PATH | AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        // The kernel has taken suid and sgid off, but for the sgid that only the caller's privileges decide about.
+        if let Some(before) = before {
+            let after = stat(&fd)?;
+            let keep = privileges::mode_after_change(caller, &before) | !libc::S_ISGID;
+            self.chmod_if_other(&fd, &after, after.st_mode & keep)?;
+        }
+        Ok(())
     }
 
     fn chmod(&self, fd: impl AsFd, mode: u32) -> io::Result<()> {
@@ -173,7 +185,7 @@ impl Core {
     pub(super) fn readlink(&self, ino: u64) -> io::Result<Answer> {
         let inode = self.tree.get(ino)?;
         let target = nix::fcntl::readlinkat(inode.path_fd()?, "")?;
-        Ok(Answer::Data(target.as_bytes().to_vec()))
+        Ok(Answer::Data(target.as_bytes().into()))
     }
 
     pub(super) fn statfs(&self) -> io::Result<Answer> {
@@ -249,7 +261,7 @@ impl Core {
         let length = xattr::list(&fd, &mut names)?;
         names.truncate(length);
         if has_trusted(&names) && !privileges::sees_trusted(caller) {
-            names = visible(&names);
+            names = visible(&names).as_slice().into();
         }
         match size as usize {
             0 => Ok(Answer::Size(names.len() as u32)),

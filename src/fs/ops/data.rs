@@ -3,24 +3,24 @@
 //! The write is the hot path: from the handle straight to `pwrite`, unless something about the file or the mount asks
 //! for more (a capacity, an undo log), which two relaxed loads tell.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::*;
 
 use fuser::FopenFlags;
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fcntl};
-use nix::sys::statfs::BTRFS_SUPER_MAGIC;
+use nix::fcntl::{FallocateFlags, OFlag};
 use nix::unistd::Whence;
 use parking_lot::MutexGuard;
 
 use super::attributes::attr_of;
 use super::names::Creation;
 use crate::durability::Undo;
-use crate::fs::buffer;
+use crate::fs::buffer::{self, Buffer};
 use crate::fs::call::{Answer, Call, Caller, Entry, Reply, Served};
 use crate::fs::evict::Backing;
 use crate::fs::files::{OpenFile, Sync};
@@ -28,12 +28,12 @@ use crate::fs::inode::Inode;
 use crate::fs::serve::Core;
 use crate::fs::tree::stat;
 use crate::space::{self, Reservation};
-use crate::sys::dio;
+use crate::sys::xattr;
 
 /// The flags for opening the backing file. All others are the kernel's affair on our side, would change what `pwrite`
-/// means (`O_APPEND`), or want data as no request brings it (`O_DIRECT`). `O_SYNC` is done by a sync after the change.
+/// means (`O_APPEND`), or are made good on after the change (`O_SYNC`).
 pub(super) fn backing_flags(flags: i32) -> i32 {
-    flags & (libc::O_ACCMODE | libc::O_NOATIME) | libc::O_CLOEXEC
+    flags & (libc::O_ACCMODE | libc::O_NOATIME | libc::O_DIRECT) | libc::O_CLOEXEC
 }
 
 /// How the kernel is to treat an open file: `O_DIRECT` goes past its cache, so that one request is one result.
@@ -49,7 +49,7 @@ impl Core {
         let inode = self.tree.get(ino)?;
         let file = open_backing(&inode, flags)?;
         let mut served = self.serve_handle(&inode, &file, flags, reply);
-        let file = open_file(inode, file, flags, &served);
+        let file = OpenFile::new(inode, file, flags, served.by_kernel());
         // What the kernel has of the file is kept if nobody but us has changed it. To make the kernel drop it would
         // also make this open wait for every parked read.
         if let (true, Served::ByUs(mode)) = (file.cached, &mut served) {
@@ -90,15 +90,12 @@ impl Core {
             other => other?,
         };
         let (inode, stat) = self.tree.adopt(&parent, name, &file)?;
-        let file = match flags & libc::O_DIRECT {
-            0 => File::from(file),
-            // The backing filesystem must have its say; the file is there then, as it is without us.
-            _ => open_backing(&inode, flags).inspect_err(|_| self.tree.forget(inode.id, 1))?,
-        };
+        let file = File::from(file);
         let entry = Entry { attr: attr_of(&inode, &stat), keep: self.keep(&inode) };
         inode.stamp(&stat);
         let served = self.serve_handle(&inode, &file, flags, reply);
-        Ok(Answer::Created(entry, self.files.open(open_file(inode, file, flags, &served)), served))
+        let file = OpenFile::new(inode, file, flags, served.by_kernel());
+        Ok(Answer::Created(entry, self.files.open(file), served))
     }
 
     /// At each close: from here on, changes that are not ours are told by the stamp.
@@ -125,24 +122,11 @@ impl Core {
 
     pub(super) fn read(&self, fh: u64, offset: u64, size: u32, flags: i32) -> io::Result<Answer> {
         let file = self.files.get(fh)?;
-        if flags & libc::O_DIRECT != 0 && !fits_direct(&file, offset, u64::from(size)) {
-            // Past the end there is nothing to read, however one asks.
-            return match offset >= stat(&file.file)?.st_size as u64 {
-                true => Ok(Answer::Data(Vec::new())),
-                false => Err(io::Error::from_raw_os_error(libc::EINVAL)),
-            };
-        }
         let mut data = buffer::lend(size as usize);
-        let mut length = 0;
-        while length < data.len() {
-            match file.file.read_at(&mut data[length..], offset + length as u64) {
-                Ok(0) => break,
-                Ok(read) => length += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if length == 0 => return Err(error),
-                Err(_) => break,
-            }
-        }
+        let length = match file.is_direct(flags)? {
+            true => once(|| file.file.read_at(&mut data, offset))?,
+            false => read_at(&file.file, &mut data, offset)?,
+        };
         data.truncate(length);
         let direct = !file.cached || flags & libc::O_DIRECT != 0;
         if direct && file.inode.undoable.load(Acquire) {
@@ -154,11 +138,14 @@ impl Core {
     pub(super) fn write(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
         let Call::Write { fh, offset, data, flags, origin, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
-        if flags & libc::O_DIRECT != 0 && !fits_direct(&file, *offset, data.len() as u64) {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        if origin.kill_suidgid {
+            self.kill_suidgid(caller, &file.inode, &file.file)?;
         }
+        let direct = file.is_direct(*flags)?;
+        // Kept, as a store into a mapping keeps it; a write by us would take it away.
+        let capability = origin.writeback.then(|| capability(&file.file)).flatten();
         let written = match drop || self.capacity.limits() || file.inode.undoable.load(Acquire) {
-            false => write_at(&file.file, data, *offset)?,
+            false => write_at(&file.file, data, *offset, direct)?,
             true => {
                 // The kernel can tell a caller that only part was written, unless nobody waits for it or it goes past
                 // the cache on a handle that has one.
@@ -170,7 +157,7 @@ impl Core {
                     if drop {
                         change.lose(range.clone())?;
                     }
-                    let written = write_at(&file.file, &data[..length as usize], *offset)?;
+                    let written = write_at(&file.file, &data[..length as usize], *offset, direct)?;
                     change.wrote(drop, range.start..range.start + written as u64);
                     Ok(written)
                 })?
@@ -182,8 +169,8 @@ impl Core {
         if written < data.len() && origin.writeback {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
-        if origin.kill_suidgid {
-            self.kill_suidgid(caller, &file.inode, &file.file)?;
+        if let Some(value) = capability {
+            xattr::set(&file.file, CAPABILITY, &value, 0)?;
         }
         // Through the page cache, the kernel sends an fsync of its own.
         if !drop && !file.cached {
@@ -195,15 +182,13 @@ impl Core {
     pub(super) fn copy_file_range(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
         let Call::CopyFileRange { fh, offset, to_fh, to_offset, length, .. } = call else { return Err(misfit()) };
         let (from, to) = (self.files.get(*fh)?, self.files.get(*to_fh)?);
-        if !fits(from.alignment, *offset, *length) || !fits(to.alignment, *to_offset, *length) {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
         // What the source's reader would get ends with the source.
         let there = (stat(&from.file)?.st_size as u64).saturating_sub(*offset);
         let length = (*length).min(there).min(1 << 30);
         if length == 0 {
             return Ok(Answer::Written(0));
         }
+        self.kill_suidgid(caller, &to.inode, &to.file)?;
         let range = *to_offset..to_offset.saturating_add(length);
         let copied = self.change(&to.inode, to.file.as_fd(), |change| {
             let length = change.reserve(self, caller, call, range.clone(), true)?;
@@ -217,7 +202,6 @@ impl Core {
             change.wrote(drop, range.start..range.start + copied as u64);
             Ok(copied)
         })?;
-        self.kill_suidgid(caller, &to.inode, &to.file)?;
         if !drop {
             to.sync.keep(&to.file)?;
         }
@@ -227,6 +211,7 @@ impl Core {
     pub(super) fn fallocate(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
         let Call::Fallocate { fh, offset, length, mode, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
+        self.kill_suidgid(caller, &file.inode, &file.file)?;
         let flags = FallocateFlags::from_bits_retain(*mode);
         let allocates = !flags.contains(FallocateFlags::FALLOC_FL_PUNCH_HOLE);
         let overwrites = flags.intersects(FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_ZERO_RANGE);
@@ -255,7 +240,6 @@ impl Core {
             }
             Ok(())
         })?;
-        self.kill_suidgid(caller, &file.inode, &file.file)?;
         if !drop {
             file.sync.keep(&file.file)?;
         }
@@ -399,19 +383,47 @@ impl Change<'_> {
     }
 }
 
-/// Writes all of it, or tells how much could be.
-fn write_at(file: &File, data: &[u8], offset: u64) -> io::Result<usize> {
+/// Until the end, or until nothing more is to be had.
+fn read_at(file: &File, data: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut length = 0;
+    while length < data.len() {
+        match once(|| file.read_at(&mut data[length..], offset + length as u64)) {
+            Ok(0) => break,
+            Ok(read) => length += read,
+            Err(error) if length == 0 => return Err(error),
+            Err(_) => break,
+        }
+    }
+    Ok(length)
+}
+
+/// Writes all of it, or tells how much could be. Past the page cache it is one write, of data that is aligned as the
+/// caller's was, which in a request it is not.
+fn write_at(file: &File, data: &[u8], offset: u64, direct: bool) -> io::Result<usize> {
+    if direct {
+        let aligned = Buffer::from(data);
+        return once(|| file.write_at(&aligned, offset));
+    }
     let mut written = 0;
     while written < data.len() {
-        match file.write_at(&data[written..], offset + written as u64) {
+        match once(|| file.write_at(&data[written..], offset + written as u64)) {
             Ok(0) => break,
             Ok(count) => written += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if written == 0 => return Err(error),
             Err(_) => break,
         }
     }
     Ok(written)
+}
+
+/// A call that a signal has not interrupted.
+fn once(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
 }
 
 fn wanted(data_only: bool) -> Sync {
@@ -421,12 +433,7 @@ fn wanted(data_only: bool) -> Sync {
 /// Opens the backing file for an open file of ours.
 fn open_backing(inode: &Inode, flags: i32) -> io::Result<File> {
     let wanted = backing_flags(flags);
-    let opened = match flags & libc::O_DIRECT {
-        0 => inode.open(wanted),
-        // Where the backing filesystem has no direct I/O, this is refused as it would be there.
-        _ => inode.open(wanted | libc::O_DIRECT).and_then(without_direct),
-    };
-    match opened {
+    match inode.open(wanted) {
         // An append-only file (`chattr +a`) can be opened for nothing else; where a write goes is the same then.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) && flags & libc::O_APPEND != 0 => {
             Ok(inode.open(wanted | libc::O_APPEND)?.into())
@@ -435,37 +442,13 @@ fn open_backing(inode: &Inode, flags: i32) -> io::Result<File> {
     }
 }
 
-fn open_file(inode: Arc<Inode>, file: File, flags: i32, served: &Served) -> OpenFile {
-    let by_kernel = matches!(served, Served::ByKernel(_));
-    let direct = flags & libc::O_DIRECT != 0;
-    let alignment = if direct { alignment(&file) } else { None };
-    OpenFile { inode, file, cached: !direct && !by_kernel, by_kernel, sync: Sync::of(flags), alignment }
-}
+const CAPABILITY: &CStr = c"security.capability";
 
-/// As the backing filesystem wants it. btrfs tells one, and serves what is not aligned through its page cache.
-fn alignment(file: &File) -> Option<u32> {
-    let is_btrfs = || nix::sys::statfs::fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == BTRFS_SUPER_MAGIC);
-    dio::alignment(file).ok().flatten().filter(|_| !is_btrfs())
-}
-
-/// Would the backing filesystem take direct I/O of this place? Where the program's buffer lies, no request tells.
-fn fits_direct(file: &OpenFile, offset: u64, length: u64) -> bool {
-    // Nobody wants more than this.
-    if (offset | length).is_multiple_of(4096) {
-        return true;
-    }
-    // A handle that became direct later, by fcntl, was not asked about when it was opened.
-    fits(if file.cached { alignment(&file.file) } else { file.alignment }, offset, length)
-}
-
-fn fits(alignment: Option<u32>, offset: u64, length: u64) -> bool {
-    alignment.is_none_or(|alignment| (offset | length).is_multiple_of(u64::from(alignment)))
-}
-
-fn without_direct(fd: OwnedFd) -> io::Result<OwnedFd> {
-    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-    fcntl(&fd, FcntlArg::F_SETFL(flags - OFlag::O_DIRECT))?;
-    Ok(fd)
+/// The file's capabilities, if it has any.
+fn capability(file: &File) -> Option<Vec<u8>> {
+    // `struct vfs_ns_cap_data`, the largest there is, has 24 bytes.
+    let mut value = [0; 64];
+    xattr::get(file, CAPABILITY, &mut value).ok().map(|length| value[..length].to_vec())
 }
 
 fn misfit() -> io::Error {

@@ -16,7 +16,7 @@ use nix::unistd::UnlinkatFlags;
 
 use super::attributes::attr_of;
 use crate::fs::call::{Answer, Call, Caller, DirectorySink, Entry, Reply, Served};
-use crate::fs::files::{OpenFile, Sync};
+use crate::fs::files::OpenFile;
 use crate::fs::inode::Inode;
 use crate::fs::serve::Core;
 use crate::fs::tree::stat;
@@ -220,14 +220,7 @@ impl Core {
         let inode = self.tree.get(ino)?;
         let only = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC | (flags & libc::O_NOATIME);
         let file = std::fs::File::from(inode.open(only)?);
-        let fh = self.files.open_directory(OpenFile {
-            inode,
-            file,
-            cached: false,
-            by_kernel: false,
-            sync: Sync::No,
-            alignment: None,
-        });
+        let fh = self.files.open_directory(OpenFile::new(inode, file, 0, false));
         Ok(Answer::Opened(fh, Served::ByUs(FopenFlags::empty())))
     }
 
