@@ -5,7 +5,7 @@
 use std::fs;
 use std::io;
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 
 /// Every file that a program has open is open here too; and a write of ours must not end us at the size that a shell has
@@ -22,7 +22,8 @@ pub fn raise() -> io::Result<u64> {
     let _ = raised.or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
 
     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;
-    let _ = setrlimit(Resource::RLIMIT_FSIZE, hard, hard);
+    let raised = setrlimit(Resource::RLIMIT_FSIZE, RLIM_INFINITY, RLIM_INFINITY);
+    let _ = raised.or_else(|_| setrlimit(Resource::RLIMIT_FSIZE, hard, hard));
     crate::sys::ignore(Signal::SIGXFSZ);
     Ok(descriptors)
 }

@@ -7,6 +7,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::sys::mounts;
@@ -19,13 +20,24 @@ pub struct Holder {
     pub what: PathBuf,
 }
 
+/// How long a look at all processes may take. One that hangs in exec, because what it closes there is stalled, keeps
+/// everybody waiting who looks at it.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// The processes that hold something at or below a place: files always, and with `directories` also those whose
-/// working directory, root, program or mapping lies there.
+/// working directory, root, program or mapping lies there. As many as are found in time.
 pub fn holders(place: &Path, directories: bool) -> Vec<Holder> {
-    let own = std::process::id();
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| *pid != own).filter_map(|pid| holder(pid, place, directories)).collect()
+    let (place, own) = (place.to_path_buf(), std::process::id());
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let found = pids.filter(|pid| *pid != own).filter_map(|pid| holder(pid, &place, directories));
+        // An error says that nobody waits any more.
+        let _ = found.into_iter().try_for_each(|holder| tell.send(holder));
+    });
+    let until = Instant::now() + LOOK;
+    std::iter::from_fn(|| told.recv_timeout(until.saturating_duration_since(Instant::now())).ok()).collect()
 }
 
 fn holder(pid: u32, place: &Path, directories: bool) -> Option<Holder> {
