@@ -98,8 +98,8 @@ impl Readers {
     /// Are all other readers in the middle of a request? Never on a thread that is no reader.
     pub fn is_last_free(&self) -> bool {
         let count = self.count.load(Relaxed);
-        if OWN.get().is_none() || count == 0 || self.taken.load(Relaxed) < count {
-            // Who has not taken a slot has never had a request.
+        if OWN.get().is_none() || count <= 1 || self.taken.load(Relaxed) < count {
+            // Of one reader nothing else was wanted, and who has not taken a slot has never had a request.
             return false;
         }
         // The caller's own slot is among the busy ones.

@@ -4,6 +4,7 @@
 //! creating call, so that the backing filesystem decides about owner, group, sgid directories and default ACLs just as
 //! it would have without us.
 
+use std::cell::Cell;
 use std::io;
 use std::sync::OnceLock;
 
@@ -105,19 +106,16 @@ impl Drop for Back {
     }
 }
 
-/// Sets the umask of this thread alone, and runs `act`.
+/// Runs `act` with this umask, which is then this thread's until another is wanted.
 ///
 /// The umask belongs to the `fs_struct` that threads share; a thread that comes here first gets one of its own.
 pub fn with_umask<T>(umask: u32, act: impl FnOnce() -> T) -> T {
     thread_local! {
         static OWN_FS: bool = nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).is_ok();
+        static NOW: Cell<Option<u32>> = const { Cell::new(None) };
     }
-    if !OWN_FS.with(|own| *own) {
-        return act();
+    if OWN_FS.with(|own| *own) && NOW.replace(Some(umask)) != Some(umask) {
+        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(umask));
     }
-    let mode = |bits| nix::sys::stat::Mode::from_bits_truncate(bits);
-    nix::sys::stat::umask(mode(umask));
-    let result = act();
-    nix::sys::stat::umask(mode(0));
-    result
+    act()
 }
