@@ -10,6 +10,7 @@ mod files;
 mod machine;
 mod metadata;
 mod operation;
+mod postgres;
 mod report;
 mod server;
 mod sqlite;
@@ -42,8 +43,8 @@ struct Options {
     /// How many operations each target does of each kind in each round (fewer of the slow ones; ten times as many files)
     #[arg(long, default_value_t = 1000)]
     size: usize,
-    /// Only these operations: those whose names have one of these in them
-    #[arg(long, value_name = "TEXT,…", value_delimiter = ',')]
+    /// Only operations whose names have this in them; can be given several times
+    #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
     /// Only these targets, by name
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
@@ -57,9 +58,12 @@ struct Options {
     /// The readers of our mounts on a core each, by turns
     #[arg(long, conflicts_with = "pin")]
     spread: bool,
-    /// Also a loopback whose readers ask for requests without ever sleeping
+    /// Also a loopback whose one reader asks for requests without ever sleeping
     #[arg(long)]
     spin: bool,
+    /// PostgreSQL with pgbench instead of these operations, on what can hold it: a third of the rounds
+    #[arg(long, conflicts_with_all = ["pin", "spin"])]
+    pgbench: bool,
     /// A few operations, to see that it works: the figures mean nothing
     #[arg(long)]
     short: bool,
@@ -101,7 +105,9 @@ fn rounds(options: &Options, up: &mut [Up], stop: &AtomicBool) -> io::Result<Sam
                 if up[t].place.drops_writes() && !operation.is_write {
                     continue;
                 }
+                up[t].place.spin(true)?;
                 let times = operation.batch(&mut up[t].files, options.size);
+                up[t].place.spin(false)?;
                 let failed = |error| io::Error::other(format!("{} on {}: {error}", operation.name, up[t].place.name));
                 samples.add(o, t, times.map_err(failed)?);
             }
@@ -167,6 +173,11 @@ fn measure(options: &Options) -> io::Result<()> {
     println!("{}", machine::describe(&options.dir));
     let home = tempfile::Builder::new().prefix("nemesisfs-bench-").tempdir_in(&options.dir)?;
     let mut stage = stage(options, home.path())?;
+    if options.pgbench {
+        print!("{}", postgres::measure(&options.targets(), &stage, options.rounds.div_ceil(3), &stop)?);
+        println!("\nload after {}", machine::load());
+        return home.close();
+    }
     let mut up = bring_up(options, &mut stage, &stop)?;
     let where_ = stage.pin.map_or_else(|| "left to the scheduler".into(), |core| format!("all on core {core}"));
     println!("{} rounds of {} operations, {} readers, {where_}", options.rounds, options.size, stage.readers);

@@ -124,7 +124,14 @@ fn several_writers(files: &mut Files, size: usize) -> io::Result<Vec<Duration>> 
         (0..size).map(one).collect::<io::Result<Vec<_>>>()
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..WRITERS).map(|n| scope.spawn({ let write = &write; move || write(n) })).collect();
+        let threads: Vec<_> = (0..WRITERS)
+            .map(|n| {
+                scope.spawn({
+                    let write = &write;
+                    move || write(n)
+                })
+            })
+            .collect();
         let panicked = |_| Err(io::Error::other("a writer panicked"));
         let times = threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked));
         Ok(times.collect::<io::Result<Vec<_>>>()?.concat())

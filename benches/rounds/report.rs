@@ -82,6 +82,9 @@ fn table(
     columns: &[String],
     cell: impl Fn(usize, usize) -> Option<f64>,
 ) {
+    if columns.is_empty() {
+        return;
+    }
     let width = |column: &String| column.chars().count().max(6) + 2;
     let heads: String = columns.iter().map(|column| format!("{column:>width$}", width = width(column))).collect();
     let _ = writeln!(text, "\n{title}\n{:NAMES$}{heads}", "");

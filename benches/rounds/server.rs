@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -32,7 +32,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, fcntl, open, openat, rename
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, UtimensatFlags, fchmodat, fstat, mkdirat, utimensat};
 use nix::sys::time::TimeSpec;
-use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchownat, ftruncate, lseek, unlinkat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchownat, ftruncate, lseek, setsid, unlinkat};
 use parking_lot::{Mutex, RwLock};
 use slab::Slab;
 
@@ -52,10 +52,11 @@ pub struct Options {
     /// How many threads read requests
     #[arg(long)]
     pub readers: usize,
-    /// Ask for the next request again and again instead of sleeping until there is one
-    #[arg(long)]
-    pub spin: bool,
 }
+
+/// What it is told on its standard input: ask for the next request again and again, or sleep until there is one.
+pub const SPIN: &[u8] = b"+";
+pub const SLEEP: &[u8] = b"-";
 
 const TTL: Duration = Duration::from_secs(1);
 const ROOT: u64 = 1;
@@ -505,24 +506,31 @@ impl Filesystem for Loopback {
     }
 }
 
-/// Unmounts when the rounds are gone.
-fn end_with_standard_input(mountpoint: PathBuf) {
+/// Does what it is told on standard input, and unmounts when the rounds are gone.
+fn listen(connection: OwnedFd, mountpoint: PathBuf) {
     std::thread::spawn(move || {
-        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        let mut word = [0];
+        while io::stdin().read_exact(&mut word).is_ok() {
+            let flags = if word == SPIN { OFlag::O_NONBLOCK } else { OFlag::empty() };
+            let _ = fcntl(&connection, FcntlArg::F_SETFL(flags));
+        }
         let _ = umount2(&mountpoint, MntFlags::MNT_DETACH);
     });
 }
 
 /// Serves until it is unmounted.
 pub fn run(options: &Options) -> io::Result<()> {
+    // As a daemon does: the scheduler gives sessions their shares.
+    setsid()?;
     let mut config = fuser::Config::default();
     config.n_threads = Some(options.readers);
     config.acl = SessionACL::All;
     config.mount_options = vec![MountOption::FSName("nemesisfs-bench".into()), MountOption::DefaultPermissions];
     let session = Session::new(Loopback::new(options.kind, &options.backing)?, &options.mountpoint, &config)?;
-    if options.spin {
-        fcntl(session.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    listen(session.as_fd().try_clone_to_owned()?, options.mountpoint.clone());
+    match session.run() {
+        // The other way in which the kernel says that the mount is gone.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
+        ended => ended,
     }
-    end_with_standard_input(options.mountpoint.clone());
-    session.run()
 }

@@ -4,7 +4,7 @@
 //! closed, it is unmounted, its process is waited for. Must never wait for a server without an end.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::files::Files;
-use crate::server::Kind;
+use crate::server::{self, Kind};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_nemesisfs");
 /// How long a server may take to come and to go.
@@ -147,6 +147,21 @@ impl Place {
         let place = Place { name, dir, how, served };
         place.place_threads(stage)?;
         Ok(place)
+    }
+
+    /// A server that spins does so in its turns only: else it would take the others' processor. It must never be stopped
+    /// by a signal: whoever looks at a process that closes a file on its mount would hang.
+    pub fn spin(&mut self, on: bool) -> io::Result<()> {
+        match (&self.how, &mut self.served) {
+            (How::Server { spin: true, .. }, Served::Child(child)) => {
+                let pipe = child.stdin.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
+                pipe.write_all(if on { server::SPIN } else { server::SLEEP })?;
+                // Until it has heard it.
+                sleep(Duration::from_millis(5));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     pub fn drops_writes(&self) -> bool {
@@ -282,10 +297,8 @@ fn own_server(kind: Kind, spin: bool, stage: &Stage, backing: &Path, mountpoint:
         Kind::Passthrough => "passthrough",
     };
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["serve", kind]).arg(backing).arg(mountpoint).args(["--readers", &stage.readers.to_string()]);
-    if spin {
-        command.arg("--spin");
-    }
+    let readers = if spin { 1 } else { stage.readers };
+    command.args(["serve", kind]).arg(backing).arg(mountpoint).args(["--readers", &readers.to_string()]);
     // It ends when the pipe does.
     command.stdin(Stdio::piped()).spawn()
 }
@@ -296,7 +309,8 @@ fn foreign_server(
     backing: &Path,
     mountpoint: &Path,
 ) -> Result<Child, Failed> {
-    let mut words: Vec<String> = Vec::new();
+    // In a session of its own, as a daemon is: the scheduler gives sessions their shares.
+    let mut words = vec!["setsid".to_owned()];
     if let (Program::PassthroughLl, Some((uid, gid))) = (program, user) {
         // It makes files as itself: so it runs as their owner, with what it needs to mount.
         let capabilities = "+sys_admin,+dac_override,+dac_read_search,+sys_resource";
