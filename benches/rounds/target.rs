@@ -313,7 +313,7 @@ fn foreign_server(
     let mut words = vec!["setsid".to_owned()];
     if let (Program::PassthroughLl, Some((uid, gid))) = (program, user) {
         // It makes files as itself: so it runs as their owner, with what it needs to mount.
-        let capabilities = "+sys_admin,+dac_override,+dac_read_search,+sys_resource";
+        let capabilities = "+sys_admin,+dac_override";
         words.extend(["setpriv".into(), format!("--reuid={uid}"), format!("--regid={gid}"), "--clear-groups".into()]);
         words.extend([format!("--inh-caps={capabilities}"), format!("--ambient-caps={capabilities}")]);
     }
