@@ -61,7 +61,7 @@ impl Samples {
             table(&mut text, &format!("{title}, µs"), operations, targets, value);
         }
         let known = |name: &&str| targets.iter().any(|target| target == name);
-        let ratios: Vec<_> = RATIOS.iter().filter(|(of, to)| known(of) && to.iter().all(|name| known(name))).collect();
+        let ratios: Vec<_> = RATIOS.iter().filter(|(of, to)| known(of) && to.iter().all(known)).collect();
         let titles: Vec<_> = ratios.iter().map(|(of, to)| format!("{of} : {}", to.join(" + "))).collect();
         for (title, statistic) in &statistics[..2] {
             let one = |o, name: &str| self.get(o, targets.iter().position(|target| target == name)?, *statistic);
