@@ -77,11 +77,13 @@ impl Facts for Write {
 }
 
 /// A name, and what such rules match: never this request, but for `fires`.
-fn kinds_of_rules() -> [(&'static str, Value); 4] {
+fn kinds_of_rules() -> [(&'static str, Value); 6] {
     [
         ("other path", json!({"ops": ["write"], "path": "/base/**"})),
         ("other op", json!({"ops": ["fsync"], "path": "/pg_wal/**"})),
         ("other pid", json!({"ops": ["write"], "pid": 1})),
+        ("other uid", json!({"ops": ["write"], "uid": 1})),
+        ("other range", json!({"ops": ["write"], "offset": "1MiB..2MiB"})),
         ("fires", json!({"ops": ["write"], "path": "/pg_wal/**"})),
     ]
 }
