@@ -210,7 +210,8 @@ fn open_backing(places: &Places, options: &Options) -> Result<(Arc<Core>, Option
         other => other.ok(),
     };
     let seed = options.seed.unwrap_or_else(random);
-    let core = Core::new(backing, Arc::new(Ring::default()), seed, passthrough(options)?).map_err(directory)?;
+    let mut core = Core::new(backing, Arc::new(Ring::default()), seed).map_err(directory)?;
+    core.passthrough = passthrough(options)?;
     Ok((Arc::new(core), alone))
 }
 

@@ -62,7 +62,7 @@ impl Core {
     ///
     /// # Errors
     /// When it cannot be examined.
-    pub fn new(backing: File, ring: Arc<Ring>, seed: u64, passthrough: Option<GlobSet>) -> io::Result<Core> {
+    pub fn new(backing: File, ring: Arc<Ring>, seed: u64) -> io::Result<Core> {
         let descriptors = limits::raise()?;
         let statvfs = nix::sys::statvfs::fstatvfs(&backing)?;
         let fiemap = crate::sys::fiemap::allocated(&backing, 0..1, |_| ());
@@ -77,7 +77,7 @@ impl Core {
             workers: Workers::default(),
             readers: Readers::default(),
             notifier: OnceLock::new(),
-            passthrough,
+            passthrough: None,
             block: (statvfs.fragment_size()).clamp(512, 1 << 20),
             remembers_preallocation: fiemap.is_err(),
         })
