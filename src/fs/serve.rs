@@ -214,6 +214,7 @@ impl Core {
         if let (Ok(_), Some(firing)) = (&performed, dropped) {
             self.inject(caller, call, firing, Told::default());
         }
+        self.readers.about_to_answer();
         match performed {
             Ok(answer) => reply.answer(answer),
             Err(errno) => reply.error(errno),
