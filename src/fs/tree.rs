@@ -44,10 +44,17 @@ pub struct Tree {
 
 #[derive(Default)]
 struct Table {
+    /// By node id, which is the file's own number for all but a few.
     by_id: HashMap<u64, Arc<Inode>>,
-    by_identity: HashMap<Identity, u64>,
-    /// How many have a substitute for a node id.
-    substitutes: usize,
+    /// The node ids of those that have a substitute.
+    substitutes: HashMap<Identity, u64>,
+}
+
+impl Table {
+    fn find(&self, identity: &Identity) -> Option<&Arc<Inode>> {
+        let own = self.by_id.get(&identity.ino).filter(|inode| inode.identity == *identity);
+        own.or_else(|| self.by_id.get(self.substitutes.get(identity)?))
+    }
 }
 
 impl Tree {
@@ -73,7 +80,7 @@ impl Tree {
             version: AtomicU64::new(0),
         };
         let mut table = tree.table.write();
-        table.by_identity.insert(identity, ROOT);
+        table.substitutes.insert(identity, ROOT);
         table.by_id.insert(ROOT, root);
         drop(table);
         Ok(tree)
@@ -110,14 +117,15 @@ impl Tree {
         {
             let table = self.table.read();
             let found = table.by_id.get(&stat.st_ino).filter(|inode| inode.has_number(&stat));
-            if found.is_some() || table.substitutes == 0 {
+            // The root is always one.
+            if found.is_some() || table.substitutes.len() == 1 {
                 return Ok((found.cloned(), stat));
             }
         }
         // It could be one of those whose number another has taken.
         let (_, identity, stat) = self.examine(parent, name)?;
         let table = self.table.read();
-        Ok((table.by_identity.get(&identity).and_then(|id| table.by_id.get(id)).cloned(), stat))
+        Ok((table.find(&identity).cloned(), stat))
     }
 
     /// Enters a file that was just made under a name and is open; counts one reference of the kernel's.
@@ -156,18 +164,23 @@ impl Tree {
 
     /// Enters a file, or finds it entered; counts one reference. What has no handle needs a descriptor.
     fn enter(&self, identity: Identity, stat: &FileStat, fd: Option<OwnedFd>) -> Arc<Inode> {
-        let mut table = self.table.write();
-        if let Some(inode) = table.by_identity.get(&identity).and_then(|id| table.by_id.get(id)) {
+        let known = |table: &Table| {
+            let inode = table.find(&identity)?;
             inode.lookups.fetch_add(1, Relaxed);
-            return inode.clone();
+            Some(inode.clone())
+        };
+        // To forget one takes the lock for writing.
+        if let Some(inode) = known(&self.table.read()) {
+            return inode;
+        }
+        let mut table = self.table.write();
+        if let Some(inode) = known(&table) {
+            return inode;
         }
         let own = identity.dev == self.root.identity.dev && identity.ino != ROOT && identity.ino < SUBSTITUTES;
         let id = match own && !table.by_id.contains_key(&identity.ino) {
             true => identity.ino,
-            false => {
-                table.substitutes += 1;
-                self.next_substitute.fetch_add(1, Relaxed)
-            }
+            false => self.next_substitute.fetch_add(1, Relaxed),
         };
         let kind = stat.st_mode & libc::S_IFMT;
         let held = fd.filter(|_| self.keeps_fd(&identity, kind));
@@ -175,7 +188,9 @@ impl Tree {
         inode.lookups.store(1, Relaxed);
         // The kernel has nothing of a file that it is only now told of: all it will have is from here on.
         inode.stamp(stat);
-        table.by_identity.insert(identity, id);
+        if id != identity.ino {
+            table.substitutes.insert(identity, id);
+        }
         table.by_id.insert(id, inode.clone());
         inode
     }
@@ -215,8 +230,9 @@ impl Tree {
         if inode.is_dir() && inode.holds_fd() {
             self.budget.fetch_add(1, Relaxed);
         }
-        table.by_identity.remove(&inode.identity);
-        table.substitutes -= usize::from(id >= SUBSTITUTES);
+        if id != inode.identity.ino {
+            table.substitutes.remove(&inode.identity);
+        }
         Some(inode)
     }
 
@@ -231,7 +247,6 @@ impl Tree {
         let mut table = self.table.write();
         let room = 2 * table.by_id.len();
         table.by_id.shrink_to(room);
-        table.by_identity.shrink_to(room);
         true
     }
 

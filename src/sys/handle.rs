@@ -8,6 +8,8 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use smallvec::SmallVec;
+
 use super::check;
 
 /// The kernel's limit, `MAX_HANDLE_SZ`.
@@ -17,7 +19,8 @@ const LARGEST: usize = 128;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FileHandle {
     kind: i32,
-    bytes: Box<[u8]>,
+    /// Those of ext4, xfs, btrfs and tmpfs are no longer than this: they need no memory of their own.
+    bytes: SmallVec<[u8; 20]>,
 }
 
 /// `struct file_handle`, with room for the largest.
@@ -49,7 +52,7 @@ pub fn of(fd: impl AsFd) -> io::Result<FileHandle> {
         )
     })?;
     let length = (raw.handle_bytes as usize).min(LARGEST);
-    Ok(FileHandle { kind: raw.handle_type, bytes: raw.f_handle[..length].into() })
+    Ok(FileHandle { kind: raw.handle_type, bytes: SmallVec::from_slice(&raw.f_handle[..length]) })
 }
 
 /// Opens the file a handle names. `mount` is any ordinary (not `O_PATH`) descriptor on the same filesystem.
