@@ -33,6 +33,7 @@ use crate::fault::document;
 use crate::fs::adapter::Adapter;
 use crate::fs::mount::{How, Living, Places, holders, prepare, unmount, unmount_patiently};
 use crate::fs::{Core, Ended, clock, watch};
+use crate::sys::memory;
 use crate::sys::mounts::{self, SOURCE};
 
 /// How long programs may take to close their files after their requests were answered.
@@ -84,6 +85,7 @@ fn with_hint(error: impl Into<String>, hint: impl Into<String>) -> Failure {
 /// # Errors
 /// When the mount is refused or cannot be made; then nothing is left behind.
 pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
+    memory::hold_little();
     start_log();
     let signals = block_signals().map_err(|error| failure(format!("signals: {error}")))?;
     let claim = Claim::of(&options)?;
@@ -226,6 +228,10 @@ fn passthrough(options: &Options) -> Result<Option<GlobSet>, Failure> {
     }
     let mut globs = GlobSetBuilder::new();
     for text in &options.passthrough {
+        if text.is_empty() {
+            let error = with_hint("--passthrough: an empty glob matches nothing", "'**' matches all files");
+            return Err(Failure { exit: exit::USAGE, ..error });
+        }
         let anchored = if text.starts_with('/') { text.clone() } else { format!("/**/{text}") };
         let usage = |error| Failure { exit: exit::USAGE, ..failure(format!("--passthrough {text:?}: {error}")) };
         globs.add(path_glob(&anchored).map_err(usage)?);

@@ -23,7 +23,15 @@ pub fn raise() -> io::Result<u64> {
 
     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;
     let raised = setrlimit(Resource::RLIMIT_FSIZE, RLIM_INFINITY, RLIM_INFINITY);
-    let _ = raised.or_else(|_| setrlimit(Resource::RLIMIT_FSIZE, hard, hard));
+    if raised.is_err() {
+        let _ = setrlimit(Resource::RLIMIT_FSIZE, hard, hard);
+        if hard != RLIM_INFINITY {
+            tracing::warn!(
+                bytes = hard,
+                "no larger files can be written here: we were started with that limit (ulimit -f)"
+            );
+        }
+    }
     crate::sys::ignore(Signal::SIGXFSZ);
     Ok(descriptors)
 }

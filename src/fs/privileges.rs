@@ -1,14 +1,18 @@
 //! What a caller may do that FUSE does not tell us: its groups and capabilities.
 //!
 //! The kernel decides about access itself (`default_permissions`). Left to us is what a local filesystem decides inside
-//! an operation: whether suid and sgid survive a change, and who sees `trusted.*` attributes. Read from procfs on the
-//! reader, and only for a file that has such bits or names; procfs never waits for the mount. No locks.
+//! an operation: whether suid and sgid survive a change, and who sees `trusted.*` attributes. The first we leave to the
+//! backing filesystem, by doing the operation with the caller's groups and without the capability that the caller lacks.
+//! Read from procfs on the reader, and only for a file that has such bits or names; procfs never waits for the mount. No
+//! locks.
 
 use std::fs;
-
-use nix::sys::stat::FileStat;
+use std::io;
+use std::sync::atomic::Ordering::Acquire;
 
 use super::call::Caller;
+use super::inode::Inode;
+use crate::sys::ids;
 
 /// capability(7)
 const CAP_FSETID: u32 = 4;
@@ -24,12 +28,10 @@ struct Privileges {
 impl Privileges {
     /// A caller that cannot be looked at (it is outside our pid namespace, or the kernel itself) is judged by its user.
     fn of(caller: &Caller) -> Privileges {
-        let status = fs::read_to_string(format!("/proc/{}/status", caller.tid));
         let all = if caller.uid == 0 { u64::MAX } else { 0 };
-        let mut privileges =
-            status.map_or(Privileges { effective: all, groups: Vec::new() }, |status| Privileges::parse(&status));
-        privileges.groups.push(caller.gid);
-        privileges
+        let unseen = Privileges { effective: all, groups: Vec::new() };
+        let status = fs::read_to_string(format!("/proc/{}/status", caller.tid));
+        status.map_or(unseen, |status| Privileges::parse(&status))
     }
 
     fn parse(status: &str) -> Privileges {
@@ -43,10 +45,6 @@ impl Privileges {
     fn has(&self, capability: u32) -> bool {
         self.effective & (1 << capability) != 0
     }
-
-    fn is_in(&self, group: u32) -> bool {
-        self.groups.contains(&group)
-    }
 }
 
 /// Does a mode have anything that only the privileged may keep?
@@ -54,32 +52,15 @@ pub fn is_privileged(mode: u32) -> bool {
     mode & (libc::S_ISUID | libc::S_ISGID) != 0
 }
 
-/// The mode that a regular file has after a change of its contents by this caller; the rule is the kernel's,
-/// `setattr_should_drop_suidgid` in fs/attr.c: sgid without group execution once meant mandatory locking, and stays for
-/// members of the group.
-pub fn mode_after_change(caller: &Caller, stat: &FileStat) -> u32 {
-    let mode = stat.st_mode;
-    if !is_privileged(mode) || mode & libc::S_IFMT != libc::S_IFREG {
-        return mode;
+/// Changes a file so that the backing filesystem judges as it would judge the caller whether suid and sgid stay. With
+/// `FUSE_HANDLE_KILLPRIV_V2`, without which the kernel would ask for an attribute before each write, that is our task.
+pub fn judged<T>(caller: &Caller, inode: &Inode, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    if !inode.privileged.load(Acquire) {
+        return change();
     }
     let privileges = Privileges::of(caller);
-    if privileges.has(CAP_FSETID) {
-        return mode;
-    }
-    let keeps_sgid = mode & libc::S_IXGRP == 0 && privileges.is_in(stat.st_gid);
-    mode & !libc::S_ISUID & if keeps_sgid { !0 } else { !libc::S_ISGID }
-}
-
-/// The mode that a file has after this caller has given it an access ACL: `posix_acl_update_mode` in fs/posix_acl.c.
-pub fn mode_after_acl(caller: &Caller, stat: &FileStat) -> u32 {
-    if stat.st_mode & libc::S_ISGID == 0 {
-        return stat.st_mode;
-    }
-    let privileges = Privileges::of(caller);
-    match privileges.has(CAP_FSETID) || privileges.is_in(stat.st_gid) {
-        true => stat.st_mode,
-        false => stat.st_mode & !libc::S_ISGID,
-    }
+    let without = if privileges.has(CAP_FSETID) { None } else { Some(CAP_FSETID) };
+    ids::in_groups(caller.gid, &privileges.groups, without, change)
 }
 
 /// Are the names of `trusted.*` attributes listed for this caller?
@@ -96,6 +77,6 @@ mod tests {
         let status = "Name:\tx\nGroups:\t12 100 \nCapPrm:\t000001ffffffffff\nCapEff:\t0000000000000010\n";
         let privileges = Privileges::parse(status);
         assert_eq!(privileges, Privileges { effective: 0x10, groups: vec![12, 100] });
-        assert!(privileges.has(CAP_FSETID) && !privileges.has(CAP_SYS_ADMIN) && privileges.is_in(100));
+        assert!(privileges.has(CAP_FSETID) && !privileges.has(CAP_SYS_ADMIN));
     }
 }

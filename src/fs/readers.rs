@@ -130,7 +130,9 @@ impl Readers {
         fence(SeqCst);
         let begun = self.slots.iter().map(|slot| (slot, slot.0.load(Acquire)));
         let begun: Vec<_> = begun.filter(|(_, value)| value & TELLING != 0).collect();
-        let through = begun.iter().all(|(slot, value)| eventually(until, || slot.0.load(Acquire) != *value));
+        // Only about to answer is not answered.
+        let is_through = |slot: &Slot, value: u64| (slot.0.load(Acquire) ^ value) & !BUSY != 0;
+        let through = begun.iter().all(|(slot, value)| eventually(until, || is_through(slot, *value)));
         // Only now: what these have handed over meanwhile is counted.
         through && self.handed_over.wait(until)
     }

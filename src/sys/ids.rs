@@ -56,6 +56,11 @@ fn set_fsgid(gid: u32) {
     unsafe { libc::syscall(libc::SYS_setfsgid, gid) };
 }
 
+fn set_groups(groups: &[u32]) {
+    // SAFETY: the kernel reads `groups.len()` numbers, which live for the call; acts on this thread only.
+    unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
+}
+
 /// May this process take on identities at all?
 pub fn can_impersonate() -> bool {
     const SETGID: u32 = 1 << 6;
@@ -69,14 +74,14 @@ pub fn can_impersonate() -> bool {
 /// # Errors
 /// `EPERM` for an identity that we may not take on: what we would make would belong to somebody else.
 pub fn as_caller<T>(uid: u32, gid: u32, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let own = own_ids();
-    if (uid, gid) == own {
+    let own = own();
+    if (uid, gid) == (own.uid, own.gid) {
         return act();
     }
     if !can_impersonate() {
         return Err(io::Error::from_raw_os_error(libc::EPERM));
     }
-    let _back = Back(own);
+    let _back = Back { groups: false };
     set_fsgid(gid);
     set_fsuid(uid);
     // Changing fsuid away from 0 takes the filesystem capabilities out of the effective set.
@@ -86,20 +91,50 @@ pub fn as_caller<T>(uid: u32, gid: u32, act: impl FnOnce() -> io::Result<T>) -> 
     act()
 }
 
-/// The user and group of this process, which its threads have when they are nobody else; they do not change.
-fn own_ids() -> (u32, u32) {
-    static OWN: OnceLock<(u32, u32)> = OnceLock::new();
-    *OWN.get_or_init(|| (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()))
+/// Runs `act` on this thread as a member of these groups, and without one of our capabilities if that is wanted. Where we
+/// may not do so, we have no privileges that could matter.
+pub fn in_groups<T>(gid: u32, groups: &[u32], without: Option<u32>, act: impl FnOnce() -> T) -> T {
+    let Some(caps) = own_capabilities().filter(|_| can_impersonate()) else { return act() };
+    let _back = Back { groups: true };
+    set_fsgid(gid);
+    set_groups(groups);
+    if let Some(capability) = without {
+        let mut caps = *caps;
+        caps[0].effective &= !(1 << capability);
+        let _ = set_capabilities(&caps);
+    }
+    act()
 }
 
-/// Takes the thread back, also when `act` panics.
-struct Back((u32, u32));
+/// Who this process is; that does not change.
+struct Own {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+}
+
+fn own() -> &'static Own {
+    static OWN: OnceLock<Own> = OnceLock::new();
+    OWN.get_or_init(|| Own {
+        uid: nix::unistd::geteuid().as_raw(),
+        gid: nix::unistd::getegid().as_raw(),
+        groups: nix::unistd::getgroups().unwrap_or_default().into_iter().map(|group| group.as_raw()).collect(),
+    })
+}
+
+/// Takes the thread back, also when what it did panics.
+struct Back {
+    groups: bool,
+}
 
 impl Drop for Back {
     fn drop(&mut self) {
-        let (uid, gid) = self.0;
-        set_fsuid(uid);
-        set_fsgid(gid);
+        let own = own();
+        set_fsuid(own.uid);
+        set_fsgid(own.gid);
+        if self.groups {
+            set_groups(&own.groups);
+        }
         if let Some(caps) = own_capabilities() {
             let _ = set_capabilities(caps);
         }

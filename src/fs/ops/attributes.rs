@@ -17,7 +17,7 @@ use nix::unistd::{Gid, Uid, fchownat};
 use crate::fs::buffer;
 use crate::fs::call::{Answer, Caller, Changes, Statfs, Time};
 use crate::fs::inode::Inode;
-use crate::fs::privileges;
+use crate::fs::privileges::{self, judged};
 use crate::fs::serve::Core;
 use crate::fs::tree::stat;
 use crate::sys::xattr;
@@ -111,7 +111,9 @@ impl Core {
             self.truncate(caller, &inode, fh, size, drop)?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
-            self.chown(caller, &inode, &fd, changes)?;
+            let (uid, gid) = (changes.uid.map(Uid::from_raw), changes.gid.map(Gid::from_raw));
+            let flags = AtFlags::AT_EMPTY_PATH | AtFlags::AT_SYMLINK_NOFOLLOW;
+            judged(caller, &inode, || Ok(fchownat(&fd, "", uid, gid, flags)?))?;
         }
         if let Some(mode) = changes.mode {
             self.chmod(&fd, mode)?;
@@ -124,19 +126,6 @@ impl Core {
         inode.changed.store(true, Release);
         let stat = stat(&fd)?;
         Ok(self.attr_answer(&inode, &stat))
-    }
-
-    fn chown(&self, caller: &Caller, inode: &Inode, fd: impl AsFd, changes: &Changes) -> io::Result<()> {
-        let (uid, gid) = (changes.uid.map(Uid::from_raw), changes.gid.map(Gid::from_raw));
-        let before = inode.privileged.load(Acquire).then(|| stat(&fd)).transpose()?;
-        fchownat(&fd, "", uid, gid, AtFlags::AT_EMPTY_PATH | AtFlags::AT_SYMLINK_NOFOLLOW)?;
-        // The kernel has taken suid and sgid off, but for the sgid that only the caller's privileges decide about.
-        if let Some(before) = before {
-            let after = stat(&fd)?;
-            let keep = privileges::mode_after_change(caller, &before) | !libc::S_ISGID;
-            self.chmod_if_other(&fd, &after, after.st_mode & keep)?;
-        }
-        Ok(())
     }
 
     fn chmod(&self, fd: impl AsFd, mode: u32) -> io::Result<()> {
@@ -159,27 +148,13 @@ impl Core {
                 let old = stat(file.fd)?.st_size as u64;
                 file.lose(size.min(old)..size.max(old))?;
             }
-            nix::unistd::ftruncate(file.fd, size as i64)?;
+            judged(caller, inode, || Ok(nix::unistd::ftruncate(file.fd, size as i64)?))?;
             if !drop {
                 file.truncated(size);
             }
             Ok(())
         })?;
-        self.kill_suidgid(caller, inode, fd)
-    }
-
-    /// Takes suid and sgid off a file that somebody without privilege has changed. With `FUSE_HANDLE_KILLPRIV_V2`, without
-    /// which the kernel would ask for an attribute before each write, that is our task.
-    pub(super) fn kill_suidgid(&self, caller: &Caller, inode: &Inode, fd: impl AsFd) -> io::Result<()> {
-        if !inode.privileged.load(Acquire) {
-            return Ok(());
-        }
-        let stat = stat(&fd)?;
-        self.chmod_if_other(fd, &stat, privileges::mode_after_change(caller, &stat))
-    }
-
-    fn chmod_if_other(&self, fd: impl AsFd, stat: &FileStat, mode: u32) -> io::Result<()> {
-        if mode == stat.st_mode { Ok(()) } else { self.chmod(fd, mode) }
+        Ok(())
     }
 
     pub(super) fn readlink(&self, ino: u64) -> io::Result<Answer> {
@@ -234,12 +209,8 @@ impl Core {
         let inode = self.tree.get(ino)?;
         let fd = inode.path_fd()?;
         let before = if self.capacity.is_set() { stat(&fd)?.st_blocks } else { 0 };
-        xattr::set(&fd, &c_name(name)?, value, flags)?;
+        judged(caller, &inode, || xattr::set(&fd, &c_name(name)?, value, flags))?;
         inode.changed.store(true, Release);
-        if name == ACCESS_ACL {
-            let stat = stat(&fd)?;
-            self.chmod_if_other(&fd, &stat, privileges::mode_after_acl(caller, &stat))?;
-        }
         if self.capacity.is_set() {
             // Large attributes have blocks of their own.
             inode.usage.begin(before as u64);
@@ -270,9 +241,10 @@ impl Core {
         }
     }
 
-    pub(super) fn removexattr(&self, ino: u64, name: &OsStr) -> io::Result<Answer> {
+    pub(super) fn removexattr(&self, caller: &Caller, ino: u64, name: &OsStr) -> io::Result<Answer> {
         let inode = self.tree.get(ino)?;
-        xattr::remove(inode.path_fd()?, &c_name(name)?)?;
+        let fd = inode.path_fd()?;
+        judged(caller, &inode, || xattr::remove(&fd, &c_name(name)?))?;
         inode.changed.store(true, Release);
         Ok(Answer::Empty)
     }
@@ -289,7 +261,6 @@ impl Core {
 
 /// `XATTR_LIST_MAX`: the kernel lists no more.
 const LONGEST_LIST: usize = 64 << 10;
-const ACCESS_ACL: &str = "system.posix_acl_access";
 const TRUSTED: &[u8] = b"trusted.";
 
 fn has_trusted(names: &[u8]) -> bool {

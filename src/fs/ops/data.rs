@@ -25,6 +25,7 @@ use crate::fs::call::{Answer, Call, Caller, Entry, Reply, Served};
 use crate::fs::evict::Backing;
 use crate::fs::files::{OpenFile, Sync};
 use crate::fs::inode::Inode;
+use crate::fs::privileges::judged;
 use crate::fs::serve::Core;
 use crate::fs::tree::stat;
 use crate::space::{self, Reservation};
@@ -138,14 +139,15 @@ impl Core {
     pub(super) fn write(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
         let Call::Write { fh, offset, data, flags, origin, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
-        if origin.kill_suidgid {
-            self.kill_suidgid(caller, &file.inode, &file.file)?;
-        }
         let direct = file.is_direct(*flags)?;
+        let put = |data: &[u8]| match origin.kill_suidgid {
+            true => judged(caller, &file.inode, || write_at(&file.file, data, *offset, direct)),
+            false => write_at(&file.file, data, *offset, direct),
+        };
         // Kept, as a store into a mapping keeps it; a write by us would take it away.
         let capability = origin.writeback.then(|| capability(&file.file)).flatten();
         let written = match drop || self.capacity.limits() || file.inode.undoable.load(Acquire) {
-            false => write_at(&file.file, data, *offset, direct)?,
+            false => put(data)?,
             true => {
                 // The kernel can tell a caller that only part was written, unless nobody waits for it or it goes past
                 // the cache on a handle that has one.
@@ -157,7 +159,7 @@ impl Core {
                     if drop {
                         change.lose(range.clone())?;
                     }
-                    let written = write_at(&file.file, &data[..length as usize], *offset, direct)?;
+                    let written = put(&data[..length as usize])?;
                     change.wrote(drop, range.start..range.start + written as u64);
                     Ok(written)
                 })?
@@ -188,7 +190,6 @@ impl Core {
         if length == 0 {
             return Ok(Answer::Written(0));
         }
-        self.kill_suidgid(caller, &to.inode, &to.file)?;
         let range = *to_offset..to_offset.saturating_add(length);
         let copied = self.change(&to.inode, to.file.as_fd(), |change| {
             let length = change.reserve(self, caller, call, range.clone(), true)?;
@@ -197,8 +198,10 @@ impl Core {
                 change.lose(range.clone())?;
             }
             let (mut at, mut to_at) = (*offset as i64, range.start as i64);
-            let copied =
-                nix::fcntl::copy_file_range(&from.file, Some(&mut at), &to.file, Some(&mut to_at), length as usize)?;
+            let copied = judged(caller, &to.inode, || {
+                let (from, to, length) = (&from.file, &to.file, length as usize);
+                Ok(nix::fcntl::copy_file_range(from, Some(&mut at), to, Some(&mut to_at), length)?)
+            })?;
             change.wrote(drop, range.start..range.start + copied as u64);
             Ok(copied)
         })?;
@@ -211,7 +214,6 @@ impl Core {
     pub(super) fn fallocate(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
         let Call::Fallocate { fh, offset, length, mode, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
-        self.kill_suidgid(caller, &file.inode, &file.file)?;
         let flags = FallocateFlags::from_bits_retain(*mode);
         let allocates = !flags.contains(FallocateFlags::FALLOC_FL_PUNCH_HOLE);
         let overwrites = flags.intersects(FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_ZERO_RANGE);
@@ -231,7 +233,9 @@ impl Core {
             if drop {
                 change.lose(touched.clone())?;
             }
-            nix::fcntl::fallocate(&file.file, flags, *offset as i64, *length as i64)?;
+            judged(caller, &file.inode, || {
+                Ok(nix::fcntl::fallocate(&file.file, flags, *offset as i64, *length as i64)?)
+            })?;
             if !touched.is_empty() {
                 change.wrote(drop, touched);
             }

@@ -69,7 +69,7 @@ impl Core {
             Call::Setxattr { ino, name, value, flags } => self.setxattr(caller, *ino, name, value, *flags),
             Call::Getxattr { ino, name, size } => self.getxattr(*ino, name, *size),
             Call::Listxattr { ino, size } => self.listxattr(caller, *ino, *size),
-            Call::Removexattr { ino, name } => self.removexattr(*ino, name),
+            Call::Removexattr { ino, name } => self.removexattr(caller, *ino, name),
             Call::Lseek { fh, offset, whence, .. } => self.lseek(*fh, *offset, *whence),
             Call::Ioctl { ino, command, input, output_size, .. } => self.ioctl(*ino, *command, input, *output_size),
         }
