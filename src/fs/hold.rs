@@ -46,8 +46,8 @@ struct State {
     owed: Vec<Hold>,
     /// By file: pages that the kernel has without contents.
     lacking: HashMap<u64, Ranges>,
-    /// Appends under way: the kernel tells where a piece goes, and nobody where its call began.
-    appends: Vec<Run>,
+    /// Writes that may be under way, in pieces.
+    runs: Vec<Run>,
 }
 
 #[derive(Debug)]
@@ -63,7 +63,8 @@ struct Hold {
     repeats: u32,
 }
 
-/// Pieces of one thread's appends to one file, one right behind the other.
+/// Pieces of one thread's writes to one file, one right behind the other. A write that is behind none of them is the first
+/// of its call. Of appends this is all there is: the kernel tells where a piece goes, and nobody where its call began.
 #[derive(Clone, Copy, Debug)]
 struct Run {
     tid: u32,
@@ -122,12 +123,17 @@ impl Holds {
 
     /// Notes an error that is about to be told.
     pub fn told(&self, piece: &Piece, errno: i32, firing: &Firing) {
-        let waiting = process::waits_in(piece.tid);
-        let mut state = self.state.lock();
-        let run = state.run_start(piece);
         let cached_read = piece.op == Op::Read && piece.cached;
-        let readahead = cached_read && !state.lacks(piece);
-        let seen = !readahead && (piece.writeback || program_sees(piece, waiting, 0, run));
+        let first = piece.op == Op::Write && (piece.writeback || !self.state.lock().goes_on(piece));
+        // Procfs is looked at only where it decides.
+        let seen = first || {
+            let readahead = cached_read && !self.state.lock().lacks(piece);
+            !readahead && {
+                let waiting = process::waits_in(piece.tid);
+                program_sees(piece, waiting, 0, self.state.lock().run_start(piece))
+            }
+        };
+        let mut state = self.state.lock();
         if cached_read {
             state.lacking.entry(piece.ino).or_default().add(piece.range.clone());
         }
@@ -149,7 +155,7 @@ impl Holds {
         self.recount(&state);
     }
 
-    /// Notes a request that is done as asked: its pages have contents, its append has a place.
+    /// Notes a request that is done as asked: its pages have contents, what comes behind it may be of the same call.
     pub fn passed(&self, piece: &Piece) {
         if piece.op == Op::Read && self.any() {
             let mut state = self.state.lock();
@@ -158,8 +164,8 @@ impl Holds {
                 state.lacking.retain(|_, ranges| !ranges.is_empty());
                 self.recount(&state);
             }
-        } else if piece.append {
-            self.state.lock().note_append(piece);
+        } else if piece.op == Op::Write {
+            self.state.lock().note_write(piece);
         }
     }
 
@@ -182,22 +188,30 @@ impl State {
         self.lacking.get(&piece.ino).is_some_and(|ranges| ranges.gaps(at..at + 1).is_empty())
     }
 
-    /// Where the run of appends began that a piece goes on, or begins.
-    fn run_start(&self, piece: &Piece) -> u64 {
-        let start = piece.range.start;
-        let goes_on = |run: &&Run| run.tid == piece.tid && run.ino == piece.ino && run.end == start;
-        self.appends.iter().find(goes_on).map_or(start, |run| run.start)
+    fn run(&self, piece: &Piece) -> Option<&Run> {
+        let goes_on = |run: &&Run| run.tid == piece.tid && run.ino == piece.ino && run.end == piece.range.start;
+        self.runs.iter().find(goes_on)
     }
 
-    fn note_append(&mut self, piece: &Piece) {
+    /// Is a write right behind one that may be of the same call?
+    fn goes_on(&self, piece: &Piece) -> bool {
+        self.run(piece).is_some()
+    }
+
+    /// Where the run began that a piece goes on, or begins.
+    fn run_start(&self, piece: &Piece) -> u64 {
+        self.run(piece).map_or(piece.range.start, |run| run.start)
+    }
+
+    fn note_write(&mut self, piece: &Piece) {
         let start = self.run_start(piece);
-        self.appends.retain(|run| (run.tid, run.ino) != (piece.tid, piece.ino));
+        self.runs.retain(|run| (run.tid, run.ino) != (piece.tid, piece.ino));
         // The kernel cuts calls between pages only: a piece that ends elsewhere is the last of its call.
         if piece.range.end.is_multiple_of(PAGE) {
-            if self.appends.len() >= MOST {
-                self.appends.remove(0);
+            if self.runs.len() >= MOST {
+                self.runs.remove(0);
             }
-            self.appends.push(Run { tid: piece.tid, ino: piece.ino, start, end: piece.range.end });
+            self.runs.push(Run { tid: piece.tid, ino: piece.ino, start, end: piece.range.end });
         }
     }
 }
@@ -261,7 +275,7 @@ mod tests {
         let first = ranges.map(|range| {
             let piece = Piece { append: true, ..piece(Op::Write, range) };
             let first = is_first_of_appends(&piece, call, state.run_start(&piece));
-            state.note_append(&piece);
+            state.note_write(&piece);
             first
         });
         assert_eq!(first, [true, false, false, true, false]);

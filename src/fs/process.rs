@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::fs;
+use std::io::Read;
 use std::time::{Duration, Instant};
 
 use crate::event::record::Comm;
@@ -101,13 +102,20 @@ pub enum Waiting {
 /// A thread that has just sent a request goes to sleep within this.
 const ASLEEP: Duration = Duration::from_millis(5);
 
+/// A number and eight words in hexadecimal.
+const LONGEST_LINE: usize = 256;
+
 /// What the thread waits in. The kernel makes several requests of one call; only this tells where the call began.
 pub fn waits_in(tid: u32) -> Waiting {
     let begin = Instant::now();
     loop {
-        let Ok(text) = fs::read_to_string(format!("/proc/{tid}/syscall")) else { return Waiting::Unknown };
+        let mut line = [0; LONGEST_LINE];
+        let read = fs::File::open(format!("/proc/{tid}/syscall")).and_then(|mut file| file.read(&mut line));
+        let Ok(text) = read.map(|length| std::str::from_utf8(&line[..length]).unwrap_or_default()) else {
+            return Waiting::Unknown;
+        };
         if !text.starts_with("running") {
-            return call_in(tid, &text);
+            return call_in(tid, text);
         }
         if begin.elapsed() > ASLEEP {
             return Waiting::Unknown;
