@@ -11,6 +11,7 @@ mod events;
 mod faults;
 mod houses;
 mod input;
+mod limits;
 mod mount;
 mod parking;
 mod rules;
