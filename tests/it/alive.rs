@@ -119,7 +119,8 @@ for _ in children:
         assert!(ways.contains(&status), "{said}");
     }
     assert_eq!(said.lines().count(), 9, "{said}");
-    let told = |n: u32| -> usize { std::fs::read_to_string(aside.join(format!("w{n}"))).unwrap()[..7].parse().unwrap() };
+    let told =
+        |n: u32| -> usize { std::fs::read_to_string(aside.join(format!("w{n}"))).unwrap()[..7].parse().unwrap() };
     let there = |n: u32| std::fs::read_to_string(mounted.backing.join(format!("w{n}"))).unwrap();
     let (written, appended) = (told(0), told(1));
     assert!(written > 10 && appended > 10, "{written} {appended}");
