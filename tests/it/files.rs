@@ -16,7 +16,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::mount::MsFlags;
 use nix::sys::stat::Mode;
 
-use crate::support::{Mounted, Trace, eventually, memory};
+use crate::support::{Mounted, Trace, eventually, memory, python, within};
 
 /// Says what has not come to pass within two seconds, and one for a busy machine.
 const SOON: &str = r#"
@@ -910,7 +910,10 @@ for sec in -2**63, -2**63 + 1, 2**63 - 1, -1, 0:
             libc.utimensat(-100, b'f', times, 0)
             os.stat('f')
 "#;
-    mounted.python(script, &[]);
+    // Who is served by a reader that ends is not answered.
+    let dir = mounted.mountpoint.clone();
+    let said = within(Duration::from_secs(30), move || python(&dir, script, [])).expect("each call is answered");
+    assert_eq!(said.code, 0, "{said:?}");
     let tasks = std::fs::read_dir(format!("/proc/{}/task", mounted.pid)).unwrap();
     let names = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap_or_default());
     let readers = names.filter(|name| name.starts_with("fuser-")).count();
