@@ -187,7 +187,7 @@ struct Here {
 
 impl Here {
     fn new(backing: &Path, mountpoint: &Path) -> Here {
-        let core = Core::new(File::open(backing).unwrap(), Arc::new(Ring::default()), 1, None).unwrap();
+        let core = Core::new(File::open(backing).unwrap(), Arc::new(Ring::default()), 1).unwrap();
         let core = Arc::new(core);
         core.readers.expect(3);
         let connection = mounts::mount(mountpoint, "here", MsFlags::empty()).unwrap();
