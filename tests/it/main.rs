@@ -5,15 +5,19 @@
 //! requests; [`space`] capacity; [`events`] the stream; [`input`] bad input; [`databases`] published outcomes with real
 //! databases; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
 
+mod alive;
 mod databases;
 mod docs;
 mod events;
 mod faults;
+mod files;
 mod houses;
 mod input;
 mod limits;
 mod mount;
 mod parking;
+mod passthrough;
 mod rules;
 mod space;
 mod support;
+mod write_path;

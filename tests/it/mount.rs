@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::support::{Mounted, PROGRAM, Said, eventually, is_alive, within};
+use crate::support::{Mounted, PROGRAM, Said, eventually, is_alive, is_mounted, within};
 
 /// Runs the program on directories of a test's own.
 fn program(run_dir: &Path, words: &[&str]) -> Said {
@@ -21,11 +21,6 @@ fn program(run_dir: &Path, words: &[&str]) -> Said {
 
 fn signal(mounted: &Mounted, signal: Signal) {
     kill(Pid::from_raw(mounted.pid as i32), signal).unwrap();
-}
-
-fn is_mounted(path: &Path) -> bool {
-    let table = std::fs::read("/proc/self/mountinfo").unwrap();
-    String::from_utf8_lossy(&table).lines().any(|line| line.split(' ').nth(4) == path.to_str())
 }
 
 #[test]

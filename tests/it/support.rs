@@ -9,9 +9,11 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 /// The program under test.
@@ -70,7 +72,16 @@ impl Mounted {
         Mounted::below(Path::new("/dev/shm"), &[])
     }
 
+    /// Mounts by a daemon that another program starts: `sh -c 'ulimit …; exec "$@"' sh`, for instance.
+    pub fn started_by(launcher: &[&str]) -> Mounted {
+        Mounted::start(&std::env::temp_dir(), launcher, &[])
+    }
+
     fn below(parent: &Path, options: &[&str]) -> Mounted {
+        Mounted::start(parent, &["env"], options)
+    }
+
+    fn start(parent: &Path, launcher: &[&str], options: &[&str]) -> Mounted {
         let dir = tempfile::Builder::new().prefix("nemesisfs-test-").tempdir_in(parent).expect("a directory");
         let path = |name: &str| dir.path().join(name);
         for name in ["run", "backing", "mnt"] {
@@ -92,7 +103,9 @@ impl Mounted {
             mountpoint: mountpoint.clone(),
             dir,
         };
-        let said = mounted.run(["mount", "--instance", "t"].iter().chain(options).copied(), &[&backing, &mountpoint]);
+        let words = [PROGRAM, "mount", "--instance", "t"];
+        let words = launcher[1..].iter().chain(&words).chain(options).copied();
+        let said = mounted.run(launcher[0], words, &[&backing, &mountpoint]);
         assert_eq!(said.code, 0, "mount: {said:?}");
         let word = |key: &str| {
             let found = said.out.split_whitespace().find_map(|word| word.strip_prefix(key));
@@ -103,8 +116,8 @@ impl Mounted {
         mounted
     }
 
-    fn run<'a>(&self, words: impl Iterator<Item = &'a str>, paths: &[&Path]) -> Said {
-        let mut command = Command::new(PROGRAM);
+    fn run<'a>(&self, program: &str, words: impl Iterator<Item = &'a str>, paths: &[&Path]) -> Said {
+        let mut command = Command::new(program);
         command.args(words).args(paths).env("NEMESISFS_RUNDIR", self.run_dir()).env_remove("NEMESISFS_HOST");
         command.output().expect("the program runs").into()
     }
@@ -128,7 +141,32 @@ impl Mounted {
 
     /// Runs the command line on this instance, whatever comes of it.
     pub fn try_cli(&self, words: &[&str]) -> Said {
-        self.run(words.iter().copied(), &[])
+        self.run(PROGRAM, words.iter().copied(), &[])
+    }
+
+    /// Runs a Python program in the mountpoint; it must end well. Its arguments are the backing directory, the daemon's
+    /// process id and whatever else is given.
+    pub fn python(&self, script: &str, more: &[&Path]) -> String {
+        let pid = self.pid.to_string();
+        let arguments = [self.backing.as_path(), Path::new(&pid)].into_iter().chain(more.iter().copied());
+        let said = python(&self.mountpoint, script, arguments);
+        assert_eq!(said.code, 0, "{}\n{}", said.out, said.err);
+        said.out
+    }
+
+    /// Runs a Python program in the mountpoint and in an ordinary directory beside it: it must say the same.
+    pub fn as_bare(&self, script: &str) -> String {
+        let bare = python(&self.aside("bare"), script, []);
+        assert_eq!(bare.code, 0, "in the bare directory: {}\n{}", bare.out, bare.err);
+        let here = python(&self.mountpoint, script, []);
+        assert_eq!(here.code, 0, "in the mount: {}\n{}", here.out, here.err);
+        assert_eq!(here.out, bare.out, "mount (left) and bare directory (right)");
+        bare.out
+    }
+
+    /// What `/v1/health` says of something.
+    pub fn health(&self, key: &str) -> Value {
+        self.http("GET", "/v1/health", None).body[key].clone()
     }
 
     /// Runs the command line on this instance; it must succeed.
@@ -242,6 +280,81 @@ impl Drop for Mounted {
             eprintln!("the daemon's log:\n{}", self.log_text());
         }
     }
+}
+
+/// Runs a Python program in a directory, for at most a minute: what a client does with system calls of its own.
+pub fn python<'a>(dir: &Path, script: &str, arguments: impl IntoIterator<Item = &'a Path>) -> Said {
+    let script = format!("import signal; signal.alarm(60)\n{script}");
+    let mut command = Command::new("python3");
+    command.args(["-c", &script]).args(arguments).current_dir(dir).output().expect("python3 runs").into()
+}
+
+/// System calls of a daemon as strace sees them, from the moment that it looks to its end.
+pub struct Trace {
+    strace: Child,
+    pub output: PathBuf,
+    ended: bool,
+}
+
+impl Trace {
+    /// Of threads, or of a whole process with those that it starts (`-f`).
+    pub fn of(mounted: &Mounted, tids: &[u32], options: &[&str]) -> Trace {
+        let output = mounted.aside("trace").join("calls");
+        let mut command = Command::new("strace");
+        command.arg("-qqo").arg(&output).args(options);
+        for tid in tids {
+            command.args(["-p", &tid.to_string()]);
+        }
+        let trace = Trace { strace: command.spawn().expect("strace runs"), output, ended: false };
+        for tid in tids {
+            eventually("strace looks", || tracer(*tid) == Some(trace.strace.id()));
+        }
+        trace
+    }
+
+    /// Its lines so far. A call is in them before it returns to the daemon.
+    pub fn lines(&self) -> Vec<String> {
+        fs::read_to_string(&self.output).unwrap_or_default().lines().map(str::to_string).collect()
+    }
+
+    /// All its lines.
+    pub fn end(mut self) -> Vec<String> {
+        self.stop();
+        self.lines()
+    }
+
+    fn stop(&mut self) {
+        if !std::mem::replace(&mut self.ended, true) {
+            // It lets go of the daemon first.
+            let _ = kill(Pid::from_raw(self.strace.id() as i32), Signal::SIGINT);
+            let _ = self.strace.wait();
+        }
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Who traces a thread.
+fn tracer(tid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?.trim().parse().ok()
+}
+
+/// A number of bytes that `/proc/PID/status` tells.
+pub fn memory(pid: u32, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("the field");
+    let kib = line.trim_start_matches(':').trim().trim_end_matches(" kB").parse::<u64>();
+    kib.expect("a number") << 10
+}
+
+pub fn is_mounted(path: &Path) -> bool {
+    let table = fs::read("/proc/self/mountinfo").expect("the mount table");
+    String::from_utf8_lossy(&table).lines().any(|line| line.split(' ').nth(4) == path.to_str())
 }
 
 fn open_to_all(path: &Path) {
