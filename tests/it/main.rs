@@ -1,9 +1,11 @@
 //! The integration tests: one binary, the real daemon, real mounts, real databases.
 //!
-//! What belongs where: [`mount`] the life of a mount; [`files`] what a program sees with nothing armed; [`rules`] rules
-//! through the socket and their counting; [`faults`] what a program sees of each fault; [`parking`] delayed and stalled
-//! requests; [`space`] capacity; [`events`] the stream; [`input`] bad input; [`databases`] published outcomes with real
-//! databases; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
+//! What belongs where: [`mount`] the beginning and the end of a mount; [`alive`] its life under load, kills and a disk
+//! that hangs; [`files`] what a program sees with nothing armed; [`limits`] what FUSE cannot pass; [`write_path`] what a
+//! write costs; [`passthrough`] files that the kernel serves; [`rules`] rules through the socket and their counting;
+//! [`faults`] what a program sees of each fault; [`parking`] delayed and stalled requests; [`space`] capacity; [`events`]
+//! the stream; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the documents are
+//! true; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
 
 mod alive;
 mod databases;
