@@ -23,9 +23,10 @@
 //! | thread | how many | does | may wait for |
 //! |---|---|---|---|
 //! | reader (`fuser-N`) | processors + 1 | reads a request, decides, does it, replies | the backing filesystem |
-//! | `worker` | as needed, at most 256 | fsyncs, and parked requests that go on | the backing filesystem |
+//! | `worker` | as needed, at most 256 | what the last free reader has read, parked requests that go on | the backing filesystem |
 //! | `clock` | 1 | lets delayed requests go, ends the lives of rules, lets killed callers die | nothing |
 //! | `control` | 1 | HTTP and the event stream | its clients |
+//! | `watch` | 1 | once a second: what others changed below us, memory to give back | the backing filesystem, readers |
 //! | `helper`, `kernel-cache` | as needed | what could block: cleaning the kernel's caches, evicting, counting | readers |
 //! | main, `signals` | 2 | the beginning and the end | all |
 //!

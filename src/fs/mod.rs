@@ -19,7 +19,7 @@ mod limits;
 pub mod mount;
 mod ops;
 pub mod park;
-mod passthrough;
+pub mod passthrough;
 mod privileges;
 pub mod process;
 pub mod readers;

@@ -1,4 +1,4 @@
-//! Threads on which waiting is harmless: for requests that wait for a disk, and for parked ones that go on.
+//! Threads on which waiting is harmless: for what the last free reader has read, and for parked requests that go on.
 //!
 //! A thread is started when a job comes and none is idle, up to a limit; it ends when it has been idle for a while.
 //! Normal reads and writes never come here. The hand-over takes the lock of a channel for a moment.
