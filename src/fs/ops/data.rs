@@ -3,7 +3,7 @@
 //! The write is the hot path: from the handle straight to `pwrite`, unless something about the file or the mount asks
 //! for more (a capacity, an undo log), which two relaxed loads tell.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -54,7 +54,7 @@ impl Core {
         // What the kernel has of the file is kept if nobody but us has changed it. To make the kernel drop it would
         // also make this open wait for every parked read.
         if let (true, Served::ByUs(mode)) = (file.cached, &mut served) {
-            if file.inode.stamp(&stat(&file.file)?) {
+            if stat(&file.file).is_ok_and(|stat| file.inode.stamp(&stat)) {
                 *mode |= FopenFlags::FOPEN_KEEP_CACHE;
             } else {
                 // With its pages go those that a failed read left behind.
@@ -74,15 +74,15 @@ impl Core {
         &self,
         caller: &Caller,
         parent: u64,
-        name: &std::ffi::OsStr,
+        name: &OsStr,
         (mode, umask): (u32, u32),
         flags: i32,
         reply: &Reply,
     ) -> io::Result<Answer> {
         let backing = OFlag::from_bits_retain(backing_flags(flags) | libc::O_CREAT | libc::O_EXCL);
         let parent = self.tree.get(parent)?;
-        let made = self
-            .make(caller, &parent, Creation { mode, umask }, |dir, mode| nix::fcntl::openat(dir, name, backing, mode));
+        let creation = Creation { mode, umask };
+        let made = self.make(caller, &parent, creation, |dir, mode| nix::fcntl::openat(dir, name, backing, mode));
         let file = match made {
             // Somebody has made it below us since the kernel looked. Of `ESTALE` it makes another look, and an open.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && flags & libc::O_EXCL == 0 => {
