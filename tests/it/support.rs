@@ -276,6 +276,10 @@ impl Drop for Mounted {
         if !self.ended && is_alive(self.pid) {
             let _ = self.try_cli(&["umount", "--instance", "t", "--force"]);
         }
+        if !self.ended && is_mounted(&self.mountpoint) {
+            // A daemon that was killed has left it.
+            let _ = nix::mount::umount2(&self.mountpoint, nix::mount::MntFlags::MNT_DETACH);
+        }
         if std::thread::panicking() {
             eprintln!("the daemon's log:\n{}", self.log_text());
         }
