@@ -1,11 +1,12 @@
 //! The integration tests: one binary, the real daemon, real mounts, real databases.
 //!
 //! What belongs where: [`mount`] the beginning and the end of a mount; [`alive`] its life under load, kills and a disk
-//! that hangs; [`files`] what a program sees with nothing armed; [`limits`] what FUSE cannot pass; [`write_path`] what a
-//! write costs; [`passthrough`] files that the kernel serves; [`rules`] rules through the socket and their counting;
-//! [`faults`] what a program sees of each fault; [`parking`] delayed and stalled requests; [`space`] capacity; [`events`]
-//! the stream; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the documents are
-//! true; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
+//! that hangs; [`files`] what a program sees with nothing armed; [`model`] that this is what the bare directory shows, by
+//! random operations on both; [`limits`] what FUSE cannot pass; [`write_path`] what a write costs; [`passthrough`] files
+//! that the kernel serves; [`rules`] rules through the socket and their counting; [`faults`] what a program sees of each
+//! fault; [`parking`] delayed and stalled requests; [`space`] capacity; [`events`] the stream; [`input`] bad input;
+//! [`databases`] published outcomes with real databases; [`docs`] that the documents are true; [`houses`] rules about
+//! the code itself. Each test ends with [`support::Mounted::end`].
 
 mod alive;
 mod databases;
@@ -16,6 +17,7 @@ mod files;
 mod houses;
 mod input;
 mod limits;
+mod model;
 mod mount;
 mod parking;
 mod passthrough;
