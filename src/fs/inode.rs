@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::*};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use nix::sys::stat::FileStat;
 use parking_lot::Mutex;
@@ -42,6 +43,8 @@ pub struct Inode {
     pub identity: Identity,
     /// `S_IFMT` bits.
     pub kind: u32,
+    /// When the file was made, once that tells it from every other that has had its number.
+    birth: OnceLock<Duration>,
     /// An ordinary descriptor on the filesystem of the backing directory, for opening by handle.
     mount: Arc<File>,
     /// `O_PATH` descriptor: of directories while there is room, of what has no handle, of what was unlinked.
@@ -118,6 +121,7 @@ impl Inode {
             id,
             identity,
             kind,
+            birth: OnceLock::new(),
             mount,
             held: cell,
             names: Mutex::default(),
@@ -146,6 +150,21 @@ impl Inode {
     /// Has the file of these attributes the same number, and is of the same type?
     pub fn has_number(&self, stat: &FileStat) -> bool {
         (self.identity.dev, self.identity.ino, self.kind) == (stat.st_dev, stat.st_ino, stat.st_mode & libc::S_IFMT)
+    }
+
+    /// Is this the file of these attributes, made at that time? `false` when it may be, and its handle has to tell.
+    pub fn is_certainly(&self, stat: &FileStat, birth: Option<Duration>) -> bool {
+        let held = self.identity.handle.is_none();
+        self.has_number(stat) && (held || birth.is_some() && self.birth.get().copied() == birth)
+    }
+
+    /// Notes when the file was made. Its handle was seen after `seen`, since the epoch: by then no other file of its number
+    /// could be made at the same tick of the filesystem's clock any more.
+    pub fn note_birth(&self, birth: Option<Duration>, seen: Duration) {
+        const TICK: Duration = Duration::from_millis(100);
+        if let Some(birth) = birth.filter(|birth| seen > *birth + TICK) {
+            let _ = self.birth.set(birth);
+        }
     }
 
     pub fn is_dir(&self) -> bool {

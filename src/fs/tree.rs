@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::*};
+use std::time::UNIX_EPOCH;
 
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, Mode};
@@ -17,6 +18,7 @@ use parking_lot::RwLock;
 
 use super::inode::{Identity, Inode, reopen};
 use crate::sys::handle;
+use crate::sys::stat::with_birth;
 
 /// The kernel's name for the root.
 pub const ROOT: u64 = 1;
@@ -144,10 +146,28 @@ impl Tree {
 
     /// Finds the file under a name and counts one reference of the kernel's.
     pub fn lookup(&self, parent: &Arc<Inode>, name: &OsStr) -> io::Result<(Arc<Inode>, FileStat)> {
-        let (fd, identity, stat) = self.examine(parent, name)?;
-        let inode = self.enter(identity, &stat, Some(fd));
+        let (stat, birth) = with_birth(parent.path_fd()?, name)?;
+        let known = {
+            let table = self.table.read();
+            let known = table.by_id.get(&stat.st_ino).filter(|inode| inode.is_certainly(&stat, birth));
+            if let Some(inode) = known {
+                inode.lookups.fetch_add(1, Relaxed);
+            }
+            known.cloned()
+        };
+        if let Some(inode) = known {
+            inode.met(parent, name);
+            return Ok((inode, stat));
+        }
+        let begun = UNIX_EPOCH.elapsed().unwrap_or_default();
+        let (fd, identity, now) = self.examine(parent, name)?;
+        let inode = self.enter(identity, &now, Some(fd));
+        // The birth of another file, if the name has changed its meaning meanwhile, does no harm: that file is gone.
+        if (now.st_dev, now.st_ino) == (stat.st_dev, stat.st_ino) {
+            inode.note_birth(birth, begun);
+        }
         inode.met(parent, name);
-        Ok((inode, stat))
+        Ok((inode, now))
     }
 
     fn examine(&self, parent: &Inode, name: &OsStr) -> io::Result<(OwnedFd, Identity, FileStat)> {
