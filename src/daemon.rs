@@ -1,7 +1,8 @@
 //! The daemon: from the options to a mount that serves, and to its end.
 //!
 //! Runs on the main thread, which then waits: for a signal, for a client that wants the mount to end, or for the end of
-//! the session. Threads: the readers (fuser's), workers and helpers as they are needed, the clock, the control thread.
+//! the session. Threads: the readers (fuser's), workers and helpers as they are needed, the clock, the watch, the control
+//! thread.
 //! Whatever is started here is stopped here, in the opposite order, from every state.
 
 use std::fs::{File, OpenOptions};
@@ -40,7 +41,7 @@ use crate::sys::mounts::{self, SOURCE};
 const PATIENCE: Duration = Duration::from_secs(1);
 /// After a signal: how long a lazily detached mount may live on before its connection is cut.
 const LINGER: Duration = Duration::from_secs(10);
-const LOCK_TRIES: u32 = 20;
+const LOCK_TRIES: u32 = 60;
 
 /// What to mount, decided in every respect: paths are absolute, names chosen.
 #[derive(Clone, Debug, PartialEq)]

@@ -189,21 +189,14 @@ impl Control {
     /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
     /// forgets what could hide the new ones.
     async fn in_force(&self, changed: Changed) -> InForce {
-        let warnings = changed.armed.iter().filter_map(|rule| self.warning(rule)).collect();
+        let warnings = match self.core.passthrough.is_some() {
+            false => Vec::new(),
+            true => {
+                let (core, armed) = (self.core.clone(), changed.armed.clone());
+                helper(move || warnings(&core, &armed)).await.unwrap_or_default()
+            }
+        };
         InForce { pending: self.make_forget(changed).await, warnings }
-    }
-
-    /// What the rule cannot reach.
-    fn warning(&self, rule: &Rule) -> Option<String> {
-        let handles = self.core.out_of_reach(rule);
-        let (_, first) = handles.first()?;
-        let numbers: Vec<String> = handles.iter().map(|(fh, _)| fh.to_string()).collect();
-        let (name, many, numbers) = (&rule.name, handles.len(), numbers.join(" "));
-        Some(format!(
-            "rule {name:?} does not see reads and writes through {many} open handles that are passed through: {numbers} \
-             ({first}{}); it will see those of files that are opened from now on, once these are closed",
-            if many > 1 { ", …" } else { "" }
-        ))
     }
 
     /// Gives what could not be forgotten in time.
@@ -219,6 +212,24 @@ impl Control {
         let core = self.core.clone();
         helper(move || forget(&core, changed.armed)).await.unwrap_or_default()
     }
+}
+
+/// What new rules cannot reach: of the files that were opened before, on a helper thread.
+fn warnings(core: &Core, armed: &[Arc<Rule>]) -> Vec<String> {
+    core.readers.wait(FORGET_LIMIT);
+    armed.iter().filter_map(|rule| warning(core, rule)).collect()
+}
+
+fn warning(core: &Core, rule: &Rule) -> Option<String> {
+    let handles = core.out_of_reach(rule);
+    let (_, first) = handles.first()?;
+    let numbers: Vec<String> = handles.iter().map(|(fh, _)| fh.to_string()).collect();
+    let (name, many, numbers) = (&rule.name, handles.len(), numbers.join(" "));
+    Some(format!(
+        "rule {name:?} does not see reads and writes through {many} open handles that are passed through: {numbers} \
+             ({first}{}); it will see those of files that are opened from now on, once these are closed",
+        if many > 1 { ", …" } else { "" }
+    ))
 }
 
 /// How far a change has come when it is answered.

@@ -115,7 +115,7 @@ impl Filesystem for Adapter {
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, nlookup: u64) {
-        let _ = catch_unwind(AssertUnwindSafe(|| self.0.tree.forget(ino.0, nlookup)));
+        let _ = catch_unwind(AssertUnwindSafe(|| self.0.readers.busy(false, || self.0.forget(ino.0, nlookup))));
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {

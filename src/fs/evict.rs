@@ -36,7 +36,8 @@ impl Core {
     }
 
     /// Takes back what was dropped on one file: writes the old bytes, and makes the kernel forget the new ones.
-    ///     /// # Errors
+    ///
+    /// # Errors
     /// When the backing file cannot be written; then what is left stays in the log.
     pub fn evict(&self, inode: &Arc<Inode>) -> io::Result<Evicted> {
         self.forget_pages(inode.id);

@@ -5,10 +5,9 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::sync::atomic::Ordering::*;
+use std::sync::{Arc, OnceLock};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use parking_lot::RwLock;
 use slab::Slab;
 
@@ -21,8 +20,11 @@ pub struct OpenFile {
     pub inode: Arc<Inode>,
     /// On the backing directory; not `O_APPEND`, because the kernel says where to write.
     pub file: File,
-    /// Is it `O_DIRECT`? As the caller's own descriptor is, which can change that.
-    direct: AtomicBool,
+    /// The flags of the caller's that it was opened with.
+    flags: i32,
+    /// The same file, opened once more: past the page cache of the backing filesystem if `file` is not, and the other way
+    /// round. For requests that want that: the caller can change its `O_DIRECT`, and a mapping is written back without it.
+    twin: OnceLock<File>,
     /// Does the kernel keep its pages?
     pub cached: bool,
     /// Does the kernel serve it by itself?
@@ -34,26 +36,34 @@ pub struct OpenFile {
 impl OpenFile {
     /// A file that was opened with these flags of the caller's.
     pub fn new(inode: Arc<Inode>, file: File, flags: i32, by_kernel: bool) -> OpenFile {
-        let direct = flags & libc::O_DIRECT != 0;
-        let cached = !direct && !by_kernel && !inode.is_dir();
-        OpenFile { inode, file, direct: direct.into(), cached, by_kernel, sync: Sync::of(flags) }
+        let cached = flags & libc::O_DIRECT == 0 && !by_kernel && !inode.is_dir();
+        OpenFile { inode, file, flags, twin: OnceLock::new(), cached, by_kernel, sync: Sync::of(flags) }
     }
 
-    /// Does I/O with these flags of the caller's go past the page cache of the backing filesystem? What that filesystem
-    /// takes then, of which place and length, and what it makes of an error of the disk, is for itself to say.
+    /// The file for I/O with these flags of the caller's, and whether that goes past the page cache of the backing
+    /// filesystem. What that filesystem takes then, of which place and length, and what it makes of an error of the disk, is
+    /// for itself to say.
     ///
     /// # Errors
-    /// When the caller has set `O_DIRECT` later, and the backing filesystem has no such thing.
-    pub fn is_direct(&self, flags: i32) -> io::Result<bool> {
-        let wanted = flags & libc::O_DIRECT != 0;
-        if wanted != self.direct.load(Relaxed) {
-            let now = OFlag::from_bits_retain(fcntl(&self.file, FcntlArg::F_GETFL)?);
-            let other = if wanted { now | OFlag::O_DIRECT } else { now - OFlag::O_DIRECT };
-            fcntl(&self.file, FcntlArg::F_SETFL(other))?;
-            self.direct.store(wanted, Relaxed);
+    /// When the caller wants direct I/O later than at the open, and the backing filesystem has no such thing.
+    pub fn for_io(&self, flags: i32) -> io::Result<(&File, bool)> {
+        let direct = flags & libc::O_DIRECT != 0;
+        if direct == (self.flags & libc::O_DIRECT != 0) {
+            return Ok((&self.file, direct));
         }
-        Ok(wanted)
+        if self.twin.get().is_none() {
+            let other = backing_flags(self.flags) & !libc::O_DIRECT | if direct { libc::O_DIRECT } else { 0 };
+            // Somebody else's is as good.
+            let _ = self.twin.set(self.inode.open(other)?.into());
+        }
+        self.twin.get().map(|twin| (twin, direct)).ok_or_else(unknown)
     }
+}
+
+/// The flags for opening the backing file. All others are the kernel's affair on our side, would change what `pwrite`
+/// means (`O_APPEND`), or are made good on after the change (`O_SYNC`).
+pub fn backing_flags(flags: i32) -> i32 {
+    flags & (libc::O_ACCMODE | libc::O_NOATIME | libc::O_DIRECT) | libc::O_CLOEXEC
 }
 
 /// What an open file promises of each change.

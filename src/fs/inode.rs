@@ -49,6 +49,8 @@ pub struct Inode {
     mount: Arc<File>,
     /// `O_PATH` descriptor: of directories while there is room, of what has no handle, of what was unlinked.
     held: OnceLock<OwnedFd>,
+    /// Is it one of the directories for which there was room?
+    pub budgeted: bool,
     names: Mutex<Names>,
     /// Of a directory: was a name looked up in it since it was last listed from its beginning?
     pub looked_into: AtomicBool,
@@ -69,6 +71,8 @@ pub struct Inode {
     /// Has it suid or sgid, as far as was seen? Read on the hot path instead of its attributes.
     pub privileged: AtomicBool,
     stamp: Mutex<Option<Stamp>>,
+    /// Has somebody else changed it since its pages were last let go?
+    pub foreign: AtomicBool,
     /// Who serves its open handles, where files are passed through.
     pub handles: Handles,
 }
@@ -124,6 +128,7 @@ impl Inode {
             birth: OnceLock::new(),
             mount,
             held: cell,
+            budgeted: false,
             names: Mutex::default(),
             looked_into: AtomicBool::new(false),
             lookups: AtomicU64::new(0),
@@ -135,6 +140,7 @@ impl Inode {
             changed: AtomicBool::new(false),
             privileged: AtomicBool::new(false),
             stamp: Mutex::default(),
+            foreign: AtomicBool::new(false),
             handles: Handles::default(),
         }
     }
@@ -145,6 +151,18 @@ impl Inode {
         self.privileged.store(is_privileged(stat.st_mode), Release);
         let now = Some(Stamp::of(stat));
         std::mem::replace(&mut *self.stamp.lock(), now) == now
+    }
+
+    /// To be called before the contents are changed through us: from here on the stamp tells nothing until it is taken anew,
+    /// so what others have done before this has to be seen now. One load, but for the first change since the stamp.
+    pub fn about_to_change(&self, file: &File) {
+        if !self.changed.load(Relaxed) {
+            let stat = nix::sys::stat::fstat(file);
+            if stat.is_ok_and(|stat| self.stamp.lock().is_some_and(|stamp| stamp != Stamp::of(&stat))) {
+                self.foreign.store(true, Release);
+            }
+            self.changed.store(true, Release);
+        }
     }
 
     /// Has the file of these attributes the same number, and is of the same type?
@@ -198,13 +216,17 @@ impl Inode {
         }
     }
 
-    /// Keeps a file reachable whose last name is about to go, until the kernel forgets it.
-    pub fn hold(&self) {
-        if self.held.get().is_none()
-            && let Ok(fd) = self.by_handle(libc::O_PATH)
-        {
-            let _ = self.held.set(fd);
+    /// A descriptor that keeps a file reachable whose last name is about to go; none if it has one.
+    pub fn reach(&self) -> Option<OwnedFd> {
+        match self.held.get() {
+            Some(_) => None,
+            None => self.by_handle(libc::O_PATH).ok(),
         }
+    }
+
+    /// Keeps the file by this descriptor until the kernel forgets it.
+    pub fn hold(&self, fd: OwnedFd) {
+        let _ = self.held.set(fd);
     }
 
     fn by_handle(&self, flags: i32) -> io::Result<OwnedFd> {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use crate::sys::mounts;
+use crate::sys::mounts::{self, Mount};
 
 /// A process that has something open below a place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,6 +99,14 @@ pub fn prepare(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<P
         Places { backing: directory(backing, "backing directory")?, mountpoint: directory(mountpoint, "mountpoint")? };
     // Once more, with what symlinks lead to: before, a dead mount could not be looked at.
     refuse_second(&places.backing, &places.mountpoint, living)?;
+    let there = mounts::at(&places.mountpoint).ok().flatten();
+    if let Some(instance) = there.as_ref().and_then(Mount::instance) {
+        let reason = format!("{} is mounted by us: instance {instance}", mountpoint.display());
+        return Err(refuse(
+            reason,
+            format!("umount {}, or NEMESISFS_RUNDIR as that instance has it", mountpoint.display()),
+        ));
+    }
     if places.mountpoint != places.backing {
         if places.mountpoint.starts_with(&places.backing) {
             return Err(refuse(
@@ -106,7 +114,7 @@ pub fn prepare(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<P
                 "mount in place (BACKING = MOUNTPOINT), or choose a mountpoint outside",
             ));
         }
-        if let Ok(Some(there)) = mounts::at(&places.mountpoint) {
+        if let Some(there) = there {
             return Err(refuse(
                 format!("{} is busy: {} ({}) is mounted there", mountpoint.display(), there.source, there.filesystem),
                 "choose an empty directory, or mount in place (BACKING = MOUNTPOINT)",

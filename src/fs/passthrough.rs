@@ -4,7 +4,8 @@
 //! later, Documentation/filesystems/fuse/fuse-passthrough.rst) binds us: all open handles of a file are passed through or
 //! none is, with one backing id for all of them that lives until the last is closed; and what is passed through cannot be
 //! taken back. We see nothing of its reads, writes and mappings; fsync, truncate, fallocate, names and attributes come to
-//! us as ever. So a file that a fault is wanted for is not passed through: a rule on its data, a capacity, dropped writes.
+//! us as ever. So a file that a fault is wanted for is not passed through: a rule on its data, a capacity, dropped writes; nor is one
+//! with suid or sgid.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -36,20 +37,23 @@ struct State {
 }
 
 impl Handles {
-    /// Takes one more handle: served by the kernel if that is wanted and all others are.
-    fn open(&self, wanted: Option<BackingId>) -> Option<Arc<BackingId>> {
+    /// Takes one more handle: served by the kernel if all others are, or if there is none and `wanted` gives a backing id.
+    fn open(&self, wanted: impl FnOnce() -> Option<BackingId>) -> Option<Arc<BackingId>> {
+        if let Some(joined) = self.0.lock().join() {
+            return joined;
+        }
+        let new = wanted();
         let mut state = self.0.lock();
-        let id = match (wanted, state.by_us) {
-            (Some(new), 0) => state.backing.get_or_insert_with(|| Arc::new(new)).clone(),
-            // Somebody passes it through, so this handle has to be, whatever is wanted.
-            (None, 0) if state.by_kernel > 0 => state.backing.clone()?,
-            _ => {
-                state.by_us += 1;
-                return None;
-            }
-        };
-        state.by_kernel += 1;
-        Some(id)
+        if let Some(joined) = state.join() {
+            drop(state);
+            // Somebody was faster; to close this one is a call to the kernel.
+            drop(new);
+            return joined;
+        }
+        state.backing = new.map(Arc::new);
+        let count = if state.backing.is_some() { &mut state.by_kernel } else { &mut state.by_us };
+        *count += 1;
+        state.backing.clone()
     }
 
     /// Gives one back; the backing id goes with the last one.
@@ -64,6 +68,20 @@ impl Handles {
     }
 }
 
+impl State {
+    /// One more handle, as the others are; none if there are no others.
+    fn join(&mut self) -> Option<Option<Arc<BackingId>>> {
+        if self.by_kernel > 0 {
+            self.by_kernel += 1;
+            return Some(self.backing.clone());
+        }
+        (self.by_us > 0).then(|| {
+            self.by_us += 1;
+            None
+        })
+    }
+}
+
 /// Does the rule concern what the kernel does by itself for such a file?
 fn is_blind_to(rule: &Rule) -> bool {
     rule.spec.enabled && [Op::Read, Op::Write].iter().any(|op| rule.ops.may_concern(*op))
@@ -73,8 +91,10 @@ impl Core {
     /// Decides who serves a handle that is about to be opened.
     pub(super) fn serve_handle(&self, inode: &Arc<Inode>, file: &File, flags: i32, reply: &Reply) -> Served {
         let Some(globs) = &self.passthrough else { return Served::ByUs(open_mode(flags)) };
-        let wanted = self.wants_passthrough(globs, inode).then(|| reply.open_backing(file));
-        let wanted = wanted.and_then(|id| id.inspect_err(tell_refused).ok());
+        let wanted = || {
+            let wanted = self.wants_passthrough(globs, inode);
+            wanted.then(|| reply.open_backing(file).inspect_err(tell_refused).ok()).flatten()
+        };
         match inode.handles.open(wanted) {
             Some(id) => Served::ByKernel(id),
             None => Served::ByUs(open_mode(flags)),
@@ -89,6 +109,8 @@ impl Core {
 
     fn wants_passthrough(&self, globs: &GlobSet, inode: &Arc<Inode>) -> bool {
         inode.is_regular()
+            // Whether suid and sgid survive a write, the kernel would judge by us.
+            && !inode.privileged.load(Acquire)
             && !self.capacity.limits()
             && !inode.undoable.load(Acquire)
             && inode.paths().any(|one| globs.is_match(OsString::from_vec(one)))

@@ -26,12 +26,18 @@ struct Privileges {
 }
 
 impl Privileges {
-    /// A caller that cannot be looked at (it is outside our pid namespace, or the kernel itself) is judged by its user.
+    /// A caller that cannot be looked at (it is outside our pid namespace, or the kernel itself) is judged by its user. The
+    /// capabilities of another user namespace than ours are worth nothing here.
     fn of(caller: &Caller) -> Privileges {
         let all = if caller.uid == 0 { u64::MAX } else { 0 };
         let unseen = Privileges { effective: all, groups: Vec::new() };
         let status = fs::read_to_string(format!("/proc/{}/status", caller.tid));
-        status.map_or(unseen, |status| Privileges::parse(&status))
+        let mut privileges = status.map_or(unseen, |status| Privileges::parse(&status));
+        let namespace = |whose: &str| fs::read_link(format!("/proc/{whose}/ns/user")).ok();
+        if namespace(&caller.tid.to_string()).is_some_and(|theirs| namespace("self") != Some(theirs)) {
+            privileges.effective = 0;
+        }
+        privileges
     }
 
     fn parse(status: &str) -> Privileges {
@@ -61,6 +67,14 @@ pub fn judged<T>(caller: &Caller, inode: &Inode, change: impl FnOnce() -> io::Re
     let privileges = Privileges::of(caller);
     let without = if privileges.has(CAP_FSETID) { None } else { Some(CAP_FSETID) };
     ids::in_groups(caller.gid, &privileges.groups, without, change)
+}
+
+/// The same for a caller of whom the kernel has said that it lacks `CAP_FSETID`.
+pub fn without_fsetid<T>(caller: &Caller, inode: &Inode, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    if !inode.privileged.load(Acquire) {
+        return change();
+    }
+    ids::in_groups(caller.gid, &Privileges::of(caller).groups, Some(CAP_FSETID), change)
 }
 
 /// Are the names of `trusted.*` attributes listed for this caller?

@@ -141,8 +141,14 @@ impl Readers {
 impl HandedOver {
     fn wait(&self, until: Instant) -> bool {
         let Some(_turn) = self.waiting.try_lock_until(until) else { return false };
-        let old = self.generation.fetch_add(1, AcqRel) % 2;
-        eventually(until, || self.under_way[old].load(Acquire) == 0)
+        let is_through = |generation: usize| eventually(until, || self.under_way[generation].load(Acquire) == 0);
+        // What was under way when somebody last gave up may still be.
+        let old = self.generation.load(Acquire) % 2;
+        if !is_through(1 - old) {
+            return false;
+        }
+        self.generation.fetch_add(1, AcqRel);
+        is_through(old)
     }
 }
 
@@ -219,6 +225,17 @@ mod tests {
             drop(before);
             assert!(waiting.join().unwrap());
         });
+    }
+
+    #[test]
+    fn what_one_has_given_up_on_the_next_waits_for() {
+        let readers = Readers::default();
+        let before = readers.hand_over();
+        for _ in 0..3 {
+            assert!(!readers.wait(Duration::from_millis(20)));
+        }
+        drop(before);
+        assert!(readers.wait(Duration::from_secs(10)));
     }
 
     #[test]

@@ -191,6 +191,15 @@ impl Core {
         self.enact(caller, call, reply, decision);
     }
 
+    /// The kernel gives back references. With the descriptor of a file that has no name any more goes the file itself, which
+    /// can take the disk long: that is not for the last free reader.
+    pub fn forget(&self, ino: u64, references: u64) {
+        let unused = self.tree.forget(ino, references);
+        if unused.as_ref().is_some_and(|inode| inode.holds_fd()) && self.readers.is_last_free() {
+            self.workers.run(move || drop(unused));
+        }
+    }
+
     /// Past all rules: does it here, unless this is the last free reader.
     fn proceed(self: &Arc<Self>, caller: Caller, call: Call<'_>, reply: Reply, dropped: Option<Firing>) {
         if self.readers.is_last_free() {

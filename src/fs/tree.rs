@@ -118,9 +118,9 @@ impl Tree {
         let stat = stat_at(parent.path_fd()?, name)?;
         {
             let table = self.table.read();
-            let found = table.by_id.get(&stat.st_ino).filter(|inode| inode.has_number(&stat));
             // The root is always one.
-            if found.is_some() || table.substitutes.len() == 1 {
+            if table.substitutes.len() == 1 {
+                let found = table.by_id.get(&stat.st_ino).filter(|inode| inode.has_number(&stat));
                 return Ok((found.cloned(), stat));
             }
         }
@@ -183,7 +183,7 @@ impl Tree {
     }
 
     /// Enters a file, or finds it entered; counts one reference. What has no handle needs a descriptor.
-    fn enter(&self, identity: Identity, stat: &FileStat, fd: Option<OwnedFd>) -> Arc<Inode> {
+    fn enter(&self, identity: Identity, stat: &FileStat, mut fd: Option<OwnedFd>) -> Arc<Inode> {
         let known = |table: &Table| {
             let inode = table.find(&identity)?;
             inode.lookups.fetch_add(1, Relaxed);
@@ -203,8 +203,12 @@ impl Tree {
             false => self.next_substitute.fetch_add(1, Relaxed),
         };
         let kind = stat.st_mode & libc::S_IFMT;
-        let held = fd.filter(|_| self.keeps_fd(&identity, kind));
-        let inode = Arc::new(Inode::new(id, identity.clone(), kind, self.mount.clone(), held));
+        let budgeted = identity.handle.is_some() && kind == libc::S_IFDIR && fd.is_some() && self.spend();
+        // One that is not kept is closed after the lock: it may be the file's last.
+        let held = if budgeted || identity.handle.is_none() { fd.take() } else { None };
+        let mut inode = Inode::new(id, identity.clone(), kind, self.mount.clone(), held);
+        inode.budgeted = budgeted;
+        let inode = Arc::new(inode);
         inode.lookups.store(1, Relaxed);
         // The kernel has nothing of a file that it is only now told of: all it will have is from here on.
         inode.stamp(stat);
@@ -215,23 +219,19 @@ impl Tree {
         inode
     }
 
-    /// Without a handle the descriptor is all we have; directories keep one while there is room, for speed.
-    fn keeps_fd(&self, identity: &Identity, kind: u32) -> bool {
+    /// Directories keep a descriptor while there is room, for speed.
+    fn spend(&self) -> bool {
         let spend = |budget: i64| (budget > 0).then_some(budget - 1);
-        identity.handle.is_none()
-            || (kind == libc::S_IFDIR && self.budget.fetch_update(Relaxed, Relaxed, spend).is_ok())
+        self.budget.fetch_update(Relaxed, Relaxed, spend).is_ok()
     }
 
-    /// The kernel gives back references. What can still be taken back stays.
-    pub fn forget(&self, id: u64, references: u64) {
+    /// The kernel gives back references: the file, if it was the last one. What can still be taken back stays.
+    pub fn forget(&self, id: u64, references: u64) -> Option<Arc<Inode>> {
         let mut table = self.table.write();
-        let Some(inode) = table.by_id.get(&id) else { return };
+        let inode = table.by_id.get(&id)?;
         let left = inode.lookups.load(Relaxed).saturating_sub(references);
         inode.lookups.store(left, Relaxed);
-        let unused = if left == 0 { self.take_if_unused(&mut table, id) } else { None };
-        drop(table);
-        // With a descriptor of the last kind the file itself can go, which takes the disk's time.
-        drop(unused);
+        if left == 0 { self.take_if_unused(&mut table, id) } else { None }
     }
 
     /// Drops an inode that only its undo log kept.
@@ -247,7 +247,7 @@ impl Tree {
             return None;
         }
         let inode = table.by_id.remove(&id)?;
-        if inode.is_dir() && inode.holds_fd() {
+        if inode.budgeted {
             self.budget.fetch_add(1, Relaxed);
         }
         if id != inode.identity.ino {

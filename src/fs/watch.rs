@@ -22,10 +22,10 @@ use crate::sys::memory;
 /// Runs until the other end of `stop` is dropped.
 pub fn run(core: &Arc<Core>, stop: &Receiver<()>) {
     while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(TIMEOUT) {
-        // One handle a file is enough.
-        let files = core.files.all().into_iter().map(|(_, file)| file).filter(|file| file.cached);
-        let files: HashMap<u64, Arc<OpenFile>> = files.map(|file| (file.inode.id, file)).collect();
-        files.values().for_each(|file| look_at(core, file));
+        // One handle a file is enough, looked up when its turn comes: meanwhile it may be closed.
+        let files = core.files.all().into_iter().filter(|(_, file)| !file.by_kernel && file.inode.is_regular());
+        let handles: HashMap<u64, u64> = files.map(|(fh, file)| (file.inode.id, fh)).collect();
+        handles.values().filter_map(|fh| core.files.get(*fh).ok()).for_each(|file| look_at(core, &file));
         if core.tree.shrink() {
             memory::give_back();
         }
@@ -39,7 +39,8 @@ fn look_at(core: &Core, file: &OpenFile) {
     }
     let ours = file.inode.changed.load(Acquire);
     let Ok(stat) = stat(&file.file) else { return };
-    if !file.inode.stamp(&stat) && !ours {
+    let same = file.inode.stamp(&stat);
+    if file.inode.foreign.swap(false, AcqRel) || (!same && !ours) {
         core.holds.forget(Some(file.inode.id));
         if let Some(notifier) = core.notifier.get() {
             // Fails when the kernel does not know the file any more, or the mount is gone.

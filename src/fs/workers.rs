@@ -54,8 +54,13 @@ impl Workers {
         let (receiver, counts) = (self.receiver.clone(), self.counts.clone());
         let thread = std::thread::Builder::new().name("worker".into()).spawn(move || work(&receiver, &counts));
         if let Err(error) = thread {
-            self.counts.threads.fetch_sub(1, AcqRel);
             tracing::error!(%error, "no thread for a request that has to wait");
+            if self.counts.threads.fetch_sub(1, AcqRel) == 1
+                && let Ok(job) = self.receiver.try_recv()
+            {
+                // Nobody else will ever do it.
+                job();
+            }
         }
     }
 }

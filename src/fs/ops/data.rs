@@ -23,19 +23,13 @@ use crate::durability::Undo;
 use crate::fs::buffer::{self, Buffer};
 use crate::fs::call::{Answer, Call, Caller, Entry, Reply, Served};
 use crate::fs::evict::Backing;
-use crate::fs::files::{OpenFile, Sync};
+use crate::fs::files::{OpenFile, Sync, backing_flags};
 use crate::fs::inode::Inode;
-use crate::fs::privileges::judged;
+use crate::fs::privileges::{judged, without_fsetid};
 use crate::fs::serve::Core;
 use crate::fs::tree::stat;
 use crate::space::{self, Reservation};
 use crate::sys::xattr;
-
-/// The flags for opening the backing file. All others are the kernel's affair on our side, would change what `pwrite`
-/// means (`O_APPEND`), or are made good on after the change (`O_SYNC`).
-pub(super) fn backing_flags(flags: i32) -> i32 {
-    flags & (libc::O_ACCMODE | libc::O_NOATIME | libc::O_DIRECT) | libc::O_CLOEXEC
-}
 
 /// How the kernel is to treat an open file: `O_DIRECT` goes past its cache, so that one request is one result.
 pub(in crate::fs) fn open_mode(flags: i32) -> FopenFlags {
@@ -54,7 +48,8 @@ impl Core {
         // What the kernel has of the file is kept if nobody but us has changed it. To make the kernel drop it would
         // also make this open wait for every parked read.
         if let (true, Served::ByUs(mode)) = (file.cached, &mut served) {
-            if stat(&file.file).is_ok_and(|stat| file.inode.stamp(&stat)) {
+            let ours = stat(&file.file).is_ok_and(|stat| file.inode.stamp(&stat));
+            if ours && !file.inode.foreign.swap(false, AcqRel) {
                 *mode |= FopenFlags::FOPEN_KEEP_CACHE;
             } else {
                 // With its pages go those that a failed read left behind.
@@ -124,9 +119,9 @@ impl Core {
     pub(super) fn read(&self, fh: u64, offset: u64, size: u32, flags: i32) -> io::Result<Answer> {
         let file = self.files.get(fh)?;
         let mut data = buffer::lend(size as usize);
-        let length = match file.is_direct(flags)? {
-            true => once(|| file.file.read_at(&mut data, offset))?,
-            false => read_at(&file.file, &mut data, offset)?,
+        let length = match file.for_io(flags)? {
+            (file, true) => once(|| file.read_at(&mut data, offset))?,
+            (file, false) => read_at(file, &mut data, offset)?,
         };
         data.truncate(length);
         let direct = !file.cached || flags & libc::O_DIRECT != 0;
@@ -139,11 +134,13 @@ impl Core {
     pub(super) fn write(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
         let Call::Write { fh, offset, data, flags, origin, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
-        let direct = file.is_direct(*flags)?;
+        // For a mapping there is no caller whose flags count.
+        let (to, direct) = file.for_io(if origin.writeback { *flags & !libc::O_DIRECT } else { *flags })?;
         let put = |data: &[u8]| match origin.kill_suidgid {
-            true => judged(caller, &file.inode, || write_at(&file.file, data, *offset, direct)),
-            false => write_at(&file.file, data, *offset, direct),
+            true => without_fsetid(caller, &file.inode, || write_at(to, data, *offset, direct)),
+            false => write_at(to, data, *offset, direct),
         };
+        file.inode.about_to_change(to);
         // Kept, as a store into a mapping keeps it; a write by us would take it away.
         let capability = origin.writeback.then(|| capability(&file.file)).flatten();
         let written = match drop || self.capacity.limits() || file.inode.undoable.load(Acquire) {

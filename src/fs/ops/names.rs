@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::*;
 
@@ -160,14 +160,15 @@ impl Core {
     fn before_losing(&self, parent: &Inode, name: &OsStr) -> Going {
         let Ok((inode, stat)) = self.tree.peek(parent, name) else { return Going::default() };
         let last = stat.st_nlink == 1 || stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
-        if let Some(inode) = inode.as_ref().filter(|_| last) {
-            inode.hold();
-        }
-        Going { inode, last, blocks: if last { stat.st_blocks as u64 } else { 0 } }
+        let fd = inode.as_ref().filter(|_| last).and_then(|inode| inode.reach());
+        Going { inode, fd, last, blocks: if last { stat.st_blocks as u64 } else { 0 } }
     }
 
     fn after_losing(&self, going: Going, parent: u64, name: &OsStr) {
         if let Some(inode) = &going.inode {
+            if let Some(fd) = going.fd {
+                inode.hold(fd);
+            }
             inode.lost(parent, name);
             inode.unlinked.fetch_or(going.last, AcqRel);
         }
@@ -305,6 +306,8 @@ fn tell_powerless(error: &io::Error, caller: &Caller) {
 #[derive(Default)]
 struct Going {
     inode: Option<Arc<Inode>>,
+    /// By which it stays reachable.
+    fd: Option<OwnedFd>,
     /// Is it the file's last name?
     last: bool,
     /// Then: the blocks that come free with it.
