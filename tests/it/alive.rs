@@ -267,6 +267,19 @@ fn a_second_start_is_refused_by_whatever_way_it_comes_and_the_first_is_untouched
     mounted.end();
 }
 
+/// Nobody has anything open there, and the other run directory does not know the first.
+#[test]
+fn a_second_start_in_place_over_a_mount_of_ours_is_refused() {
+    let mounted = Mounted::new();
+    let (run, there) = (mounted.aside("another-run"), mounted.mountpoint.display().to_string());
+    let said = program(&run, &["mount", &there, &there]);
+    if said.code == 0 {
+        program(&run, &["umount", &there]);
+    }
+    assert!(said.code == 1 && said.err.contains("is mounted by us: instance t"), "{said:?}");
+    mounted.end();
+}
+
 /// A mount over another one, which is its disk and can be made to hang.
 struct OnSlowDisk {
     disk: Option<Mounted>,

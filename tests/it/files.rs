@@ -65,6 +65,45 @@ soon('a new name', lambda: os.path.exists('new') and 'new' in os.listdir())
     mounted.end();
 }
 
+#[test]
+fn what_others_change_is_seen_although_we_write_in_the_same_second() {
+    let mounted = Mounted::new();
+    let script = r#"
+fd = os.open('f', os.O_RDWR | os.O_CREAT)
+os.pwrite(fd, b'a' * 8192, 0)
+assert os.pread(fd, 8192, 0) == b'a' * 8192
+for n in range(4):
+    # So that the second begins at other moments of the daemon's.
+    time.sleep(1.3)
+    new = bytes([65 + n]) * 100
+    below = os.open(sys.argv[1] + '/f', os.O_WRONLY)
+    os.pwrite(below, new, 0)
+    os.close(below)
+    os.pwrite(fd, b'ours', 4096)
+    soon('their change', lambda: os.pread(fd, 100, 0) == new)
+    assert os.pread(fd, 4, 4096) == b'ours'
+"#;
+    mounted.python(&format!("{SOON}{script}"), &[]);
+    mounted.end();
+}
+
+#[test]
+fn what_others_change_is_seen_through_a_mapping_of_a_direct_handle() {
+    let mounted = Mounted::new();
+    let script = r#"
+import mmap
+with open(sys.argv[1] + '/f', 'wb') as below: below.write(b'a' * 4096)
+fd = os.open('f', os.O_RDWR | os.O_DIRECT)
+m = mmap.mmap(fd, 4096)
+assert m[:] == b'a' * 4096
+time.sleep(1.2)
+with open(sys.argv[1] + '/f', 'r+b') as below: below.write(b'b' * 4096)
+soon('their change', lambda: m[:] == b'b' * 4096)
+"#;
+    mounted.python(&format!("{SOON}{script}"), &[]);
+    mounted.end();
+}
+
 /// Somebody swaps a directory below us for a symlink and back, while a client looks up names in it by descriptor.
 #[test]
 fn a_directory_swapped_for_a_symlink_never_leads_out() {

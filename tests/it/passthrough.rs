@@ -250,3 +250,27 @@ fn what_cannot_be_passed_through_is_refused_with_its_reason() {
         assert!(!is_mounted(Path::new(&path("mnt"))), "{said:?}");
     }
 }
+
+/// The kernel would write it with our privileges, and leave them.
+#[test]
+fn a_file_with_suid_loses_it_by_a_write_of_somebody_else() {
+    let mounted = mounted();
+    let script = "
+import os
+fd = os.open('fast/f', os.O_RDWR | os.O_CREAT, 0o666)
+os.fchmod(fd, 0o4777)
+os.close(fd)
+while True:
+    # A file that was closed a moment ago can still be passed through.
+    os.close(os.open('fast/f', os.O_RDONLY))
+    if os.fork() == 0:
+        os.setgid(65534), os.setuid(65534)
+        fd = os.open('fast/f', os.O_WRONLY)
+        os.write(fd, b'x')
+        os._exit(0)
+    os.wait()
+    if os.stat(os.sys.argv[1] + '/fast/f').st_mode & 0o7777 == 0o777: break
+";
+    mounted.python(script, &[]);
+    mounted.end();
+}
