@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::*};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, Mode};
@@ -146,28 +146,48 @@ impl Tree {
 
     /// Finds the file under a name and counts one reference of the kernel's.
     pub fn lookup(&self, parent: &Arc<Inode>, name: &OsStr) -> io::Result<(Arc<Inode>, FileStat)> {
-        let (stat, birth) = with_birth(parent.path_fd()?, name)?;
-        let known = {
-            let table = self.table.read();
-            let known = table.by_id.get(&stat.st_ino).filter(|inode| inode.is_certainly(&stat, birth));
-            if let Some(inode) = known {
-                inode.lookups.fetch_add(1, Relaxed);
-            }
-            known.cloned()
-        };
-        if let Some(inode) = known {
-            inode.met(parent, name);
-            return Ok((inode, stat));
-        }
         let begun = UNIX_EPOCH.elapsed().unwrap_or_default();
-        let (fd, identity, now) = self.examine(parent, name)?;
-        let inode = self.enter(identity, &now, Some(fd));
-        // The birth of another file, if the name has changed its meaning meanwhile, does no harm: that file is gone.
-        if (now.st_dev, now.st_ino) == (stat.st_dev, stat.st_ino) {
-            inode.note_birth(birth, begun);
-        }
+        let dir = parent.path_fd()?;
+        let (stat, birth) = with_birth(&dir, name)?;
+        let (inode, stat) = match self.recognise(&dir, name, (&stat, birth), begun) {
+            Some(inode) => (inode, stat),
+            None => {
+                let (fd, identity, stat) = self.examine(parent, name)?;
+                (self.enter(identity, &stat, Some(fd)), stat)
+            }
+        };
         inode.met(parent, name);
-        Ok((inode, now))
+        Ok((inode, stat))
+    }
+
+    /// The file that is known by the number of these attributes, if it is the one under the name; counts one reference. By
+    /// its birth, or else by its handle: a file that was known before had its number all the time, so that what the name
+    /// meant when its attributes were read was no other.
+    fn recognise(
+        &self,
+        dir: impl AsFd,
+        name: &OsStr,
+        (stat, birth): (&FileStat, Option<Duration>),
+        begun: Duration,
+    ) -> Option<Arc<Inode>> {
+        let candidate = {
+            let table = self.table.read();
+            let candidate = table.by_id.get(&stat.st_ino).filter(|inode| inode.has_number(stat))?;
+            if candidate.is_certainly(stat, birth) {
+                candidate.lookups.fetch_add(1, Relaxed);
+                return Some(candidate.clone());
+            }
+            candidate.clone()
+        };
+        if handle::at(dir, name).ok() != candidate.identity.handle {
+            return None;
+        }
+        candidate.note_birth(birth, begun);
+        // Meanwhile the kernel may have forgotten it.
+        let table = self.table.read();
+        let inode = table.by_id.get(&candidate.id).filter(|inode| Arc::ptr_eq(inode, &candidate))?;
+        inode.lookups.fetch_add(1, Relaxed);
+        Some(inode.clone())
     }
 
     fn examine(&self, parent: &Inode, name: &OsStr) -> io::Result<(OwnedFd, Identity, FileStat)> {

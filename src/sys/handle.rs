@@ -4,9 +4,10 @@
 //! filesystem has none (overlayfs by default), callers hold an `O_PATH` descriptor instead. Opening by handle needs
 //! `CAP_DAC_READ_SEARCH`.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString, OsStr};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 
 use smallvec::SmallVec;
 
@@ -36,19 +37,30 @@ struct Raw {
 /// # Errors
 /// `EOPNOTSUPP` where the filesystem has no handles that can be opened again.
 pub fn of(fd: impl AsFd) -> io::Result<FileHandle> {
+    named(fd.as_fd(), c"", libc::AT_EMPTY_PATH)
+}
+
+/// The handle of a name in a directory, itself and not what it points to.
+///
+/// # Errors
+/// As of an open file, and that there is no such name.
+pub fn at(dir: impl AsFd, name: &OsStr) -> io::Result<FileHandle> {
+    named(dir.as_fd(), &CString::new(name.as_bytes())?, 0)
+}
+
+fn named(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<FileHandle> {
     let mut raw = Raw { handle_bytes: LARGEST as u32, handle_type: 0, f_handle: [0; LARGEST] };
     let mut mount_id = 0;
-    let empty: &CStr = c"";
     // SAFETY: `raw` has the layout of `struct file_handle` with `handle_bytes` bytes of room behind the two fields,
     // the name is a C string, and all pointers live for the call.
     check(unsafe {
         libc::syscall(
             libc::SYS_name_to_handle_at,
-            fd.as_fd().as_raw_fd(),
-            empty.as_ptr(),
+            dir.as_raw_fd(),
+            name.as_ptr(),
             &raw mut raw,
             &raw mut mount_id,
-            libc::AT_EMPTY_PATH,
+            flags,
         )
     })?;
     let length = (raw.handle_bytes as usize).min(LARGEST);
