@@ -390,9 +390,9 @@ impl Mounted {
     }
 }
 
-/// Two more than there are processors: measured best, see `docs/performance.md`.
+/// One more than there are processors: measured best, see `docs/performance.md`.
 fn default_readers() -> usize {
-    std::thread::available_parallelism().map_or(2, usize::from).saturating_add(2).clamp(3, 16)
+    std::thread::available_parallelism().map_or(2, usize::from).saturating_add(1).clamp(2, 16)
 }
 
 /// A mount that nobody serves yet: if it comes to nothing, nothing is left behind.

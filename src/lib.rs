@@ -22,7 +22,7 @@
 //!
 //! | thread | how many | does | may wait for |
 //! |---|---|---|---|
-//! | reader (`fuser-N`) | processors + 2 | reads a request, decides, does it, replies | the backing filesystem |
+//! | reader (`fuser-N`) | processors + 1 | reads a request, decides, does it, replies | the backing filesystem |
 //! | `worker` | as needed, at most 256 | what the last free reader has read, parked requests that go on | the backing filesystem |
 //! | `clock` | 1 | lets delayed requests go, ends the lives of rules, lets killed callers die | nothing |
 //! | `control` | 1 | HTTP and the event stream | its clients |

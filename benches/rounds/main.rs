@@ -143,7 +143,7 @@ fn stage(options: &Options, home: &Path) -> io::Result<Stage> {
     let cores = target::cores()?;
     let pin = options.pin.then(|| cores.last().copied()).flatten();
     // Ours takes the place of this figure once it is up.
-    Ok(Stage { home: home.into(), pin, spread: options.spread, readers: cores.len() + 2, user: None })
+    Ok(Stage { home: home.into(), pin, spread: options.spread, readers: cores.len() + 1, user: None })
 }
 
 /// Brings up what can be measured here.
