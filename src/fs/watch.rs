@@ -19,14 +19,22 @@ use super::serve::{Core, TIMEOUT};
 use super::tree::stat;
 use crate::sys::memory;
 
+/// The kernel goes on forgetting for a while: memory is given back so often after the table has shrunk.
+const TRIMS: u32 = 10;
+
 /// Runs until the other end of `stop` is dropped.
 pub fn run(core: &Arc<Core>, stop: &Receiver<()>) {
+    let mut trims = 0;
     while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(TIMEOUT) {
         // One handle a file is enough, looked up when its turn comes: meanwhile it may be closed.
         let files = core.files.all().into_iter().filter(|(_, file)| !file.by_kernel && file.inode.is_regular());
         let handles: HashMap<u64, u64> = files.map(|(fh, file)| (file.inode.id, fh)).collect();
         handles.values().filter_map(|fh| core.files.get(*fh).ok()).for_each(|file| look_at(core, &file));
         if core.tree.shrink() {
+            trims = TRIMS;
+        }
+        if trims > 0 {
+            trims -= 1;
             memory::give_back();
         }
     }
