@@ -134,6 +134,6 @@ fault_umount() {
     fi
     sleep 0.25
   done
-  ! grep -qi 'panic' "$nfs_log" || nfs_bad "panic in the daemon's log: $(grep -im1 panic "$nfs_log")"
+  ! grep -q 'panic: ' "$nfs_log" || nfs_bad "panic in the daemon's log: $(grep -m1 'panic: ' "$nfs_log")"
   nfs_mount=
 }
