@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use globset::GlobMatcher;
 use nemesisfs::fault::compile::Defaults;
-use nemesisfs::fault::{Facts, Op, Plan, Rule, RuleSpec, compile, decide};
+use nemesisfs::fault::decide::key_of;
+use nemesisfs::fault::{Facts, FileType, Op, Plan, Rule, RuleSpec, compile, decide};
 use nemesisfs::fs::arming::Arming;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -36,6 +38,34 @@ impl Facts for Write {
 
     fn uid(&self) -> u32 {
         112
+    }
+
+    fn gid(&self) -> u32 {
+        112
+    }
+
+    fn in_tree(&self, root: u32) -> bool {
+        root == OUR_PID
+    }
+
+    fn comm_matches(&self, name: &GlobMatcher) -> bool {
+        name.is_match("postgres")
+    }
+
+    fn bytes(&self) -> u64 {
+        4096
+    }
+
+    fn direct(&self) -> Option<bool> {
+        Some(false)
+    }
+
+    fn file_type(&self) -> Option<FileType> {
+        Some(FileType::File)
+    }
+
+    fn path_key(&self) -> u64 {
+        key_of(PATH)
     }
 
     /// A daemon looks the thread up in a cache; here the thread is the process.

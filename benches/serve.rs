@@ -41,7 +41,7 @@ impl Mounted {
         std::fs::write(dir.path().join("file"), [0; 4096]).expect("a file");
         let backing = File::open(dir.path()).expect("the directory");
         let core = Arc::new(Core::new(backing, Arc::new(Ring::default()), 1).expect("a directory that is fit"));
-        let perform = |call| core.perform(&caller(), &call, None, &mut Reply::None).expect("an answer");
+        let perform = |call| core.perform(&caller(), &call, &mut Reply::None).expect("an answer");
         let lookup = Call::Lookup { parent: 1, name: Cow::Borrowed(OsStr::new("file")) };
         let Answer::Entry(entry) = perform(lookup) else { panic!("no entry") };
         let ino = entry.attr.ino.0;

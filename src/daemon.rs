@@ -328,6 +328,7 @@ impl Mounted {
         let place = Detach(Some(places.mountpoint.clone()));
         let minor = mount.ok_or_else(|| failure("the mount is not in the mount table"))?.minor;
         let _ = core.notifier.set(session.notifier());
+        let _ = core.mountpoint.set(places.mountpoint.clone());
         Ok(Mounted { session, place, minor, readers })
     }
 

@@ -53,5 +53,6 @@ pub mod durability;
 pub mod event;
 pub mod fault;
 pub mod fs;
+pub mod ranges;
 pub mod space;
 pub mod sys;

@@ -8,6 +8,7 @@
 
 mod args;
 mod console;
+mod damage;
 mod events;
 mod inspect;
 mod list;
@@ -73,6 +74,8 @@ enum Verb {
         #[arg(value_name = "PATH")]
         path: Option<String>,
     },
+    /// Give files back what they should have where they were damaged, or list where that is
+    Repair(damage::RepairArgs),
     /// The live state
     #[command(subcommand)]
     Inspect(inspect::InspectCommand),
@@ -115,6 +118,7 @@ fn run(cli: &Cli, run_dir: &Path, console: &Console) -> u8 {
         Verb::Reset => on_each(&world, &rule::reset),
         Verb::Space(command) => space::run(&world, command),
         Verb::Evict { path } => on_each(&world, &|session| space::evict(session, path.as_deref())),
+        Verb::Repair(args) => damage::run(&world, args),
         Verb::Inspect(command) => inspect::run(&world, command),
         Verb::Completions { shell } => completions(*shell, console),
     }

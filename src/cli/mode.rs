@@ -18,10 +18,10 @@ pub struct ModeArgs {
     /// Lifetime; then the mount allows everything again
     #[arg(long = "for", alias = "interval", value_name = "DURATION", requires = "mode")]
     lifetime: Option<Span>,
-    /// Of a mode that comes and goes: how long it is away
+    /// Of a disk that comes and goes: how long it is well, first
     #[arg(long, value_name = "DURATION", requires = "mode")]
     up: Option<Span>,
-    /// Of a mode that comes and goes: how long it acts
+    /// Of a disk that comes and goes: how long the mode then acts
     #[arg(long, value_name = "DURATION", requires = "mode")]
     down: Option<Span>,
 }
@@ -59,8 +59,15 @@ fn word(body: &Value) -> Option<String> {
     body.get("mode").and_then(Value::as_str).map(ToOwned::to_owned)
 }
 
+fn text<'a>(body: &'a Value, name: &str) -> Option<&'a str> {
+    body.get(name).and_then(Value::as_str)
+}
+
 fn sentence(body: &Value) -> String {
-    let mode = word(body).unwrap_or_else(|| "?".to_owned());
+    let mut mode = word(body).unwrap_or_else(|| "?".to_owned());
+    if let (Some(up), Some(down)) = (text(body, "up"), text(body, "down")) {
+        mode = format!("{mode} (well for {up}, then so for {down}, and again)");
+    }
     match body.get("remaining").and_then(Value::as_str) {
         Some(remaining) => format!("mode {mode} for {remaining} more"),
         None => format!("mode {mode}"),

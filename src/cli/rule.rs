@@ -35,6 +35,8 @@ pub enum RuleCommand {
     Apply { file: String },
     /// Remove all rules
     Clear,
+    /// Exit status 1, and the reasons, if a required rule has not fired
+    Check,
     /// Wait until a rule has fired: 0 it has, 124 not in time, 4 there is no such rule
     Wait(WaitArgs),
     /// Let requests that a rule has stalled go on
@@ -69,27 +71,93 @@ pub struct AddArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "What happens")]
 struct FaultArgs {
-    /// error, drop, latency, stall …
-    #[arg(long)]
-    kind: String,
-    /// The error, by name
+    /// error, short, drop, torn, corrupt, misdirect, bad_sectors, latency, throttle, stall, attr, kill
+    #[arg(long, required_unless_present = "terms")]
+    kind: Option<String>,
+    /// Instead of a kind, terms as in fail-rs and gofail: 20%3*return(EIO)->sleep(10ms)
+    #[arg(long, value_name = "TERMS", conflicts_with = "kind")]
+    terms: Option<String>,
+    /// error, stall, torn, bad_sectors: the error, by name; any: one that the manual page allows
     #[arg(long, value_name = "NAME")]
     errno: Option<String>,
-    /// Whether the operation is done all the same: before or after
+    /// error: several, with their weights
+    #[arg(long, value_name = "NAME=WEIGHT,...")]
+    errors: Option<String>,
+    /// error: any that the manual page of the operation allows
+    #[arg(long)]
+    any: bool,
+    /// error: whether the operation is done all the same: before or after
     #[arg(long, value_name = "WHEN")]
     timing: Option<String>,
-    /// How much longer it takes
-    #[arg(long, value_name = "DURATION")]
-    delay: Option<Span>,
-    /// By how much the delay varies
-    #[arg(long, value_name = "DURATION")]
-    jitter: Option<Span>,
-    /// How the delay varies: fixed, uniform, normal, exponential
-    #[arg(long, value_name = "WORD")]
-    distribution: Option<String>,
-    /// What follows: ok or error
+    /// error: also one that no storage gives
+    #[arg(long)]
+    force: bool,
+    /// short: at most so much is done
+    #[arg(long, value_name = "SIZE")]
+    max_bytes: Option<String>,
+    /// short: this part is done, 0 to 1
+    #[arg(long, value_name = "PART")]
+    fraction: Option<String>,
+    /// torn: what is stored: 512, 50%, "3 sectors", 1,3/4
+    #[arg(long, value_name = "PART")]
+    keep: Option<String>,
+    /// stall, torn: what follows: ok or error
     #[arg(long, value_name = "WORD")]
     then: Option<String>,
+    /// corrupt: bitflip, zero, random, byte
+    #[arg(long, value_name = "WORD")]
+    mode: Option<String>,
+    /// corrupt: how many bits
+    #[arg(long, value_name = "N")]
+    bits: Option<u64>,
+    /// corrupt: the byte of the request where it begins, from 1
+    #[arg(long, value_name = "N")]
+    nth: Option<u64>,
+    /// corrupt: what the byte becomes
+    #[arg(long, value_name = "BYTE")]
+    value: Option<String>,
+    /// corrupt: in flight (read) or at rest (write)
+    #[arg(long, value_name = "WORD")]
+    when: Option<String>,
+    /// misdirect: by how much it goes wrong
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    offset_delta: Option<String>,
+    /// misdirect: where it goes
+    #[arg(long, value_name = "OFFSET")]
+    to: Option<String>,
+    /// bad_sectors: what cannot be read
+    #[arg(long, value_name = "A..B,...")]
+    ranges: Option<String>,
+    /// bad_sectors: a write makes a sector good again
+    #[arg(long)]
+    heal_on_write: bool,
+    /// latency: how much longer it takes; stall: how long at most
+    #[arg(long, value_name = "DURATION")]
+    delay: Option<Span>,
+    /// latency: by how much the delay varies
+    #[arg(long, value_name = "DURATION")]
+    jitter: Option<Span>,
+    /// latency: how the delay varies: fixed, uniform, normal, exponential
+    #[arg(long, value_name = "WORD")]
+    distribution: Option<String>,
+    /// throttle: how fast the disk is
+    #[arg(long, value_name = "SIZE")]
+    bytes_per_second: Option<String>,
+    /// throttle: how many requests it does
+    #[arg(long, value_name = "N")]
+    ops_per_second: Option<String>,
+    /// throttle: what may go at once after a rest, in bytes or requests
+    #[arg(long, value_name = "N")]
+    burst: Option<String>,
+    /// kill: the signal, by name
+    #[arg(long, value_name = "NAME")]
+    signal: Option<String>,
+    /// kill: the caller, or all who have something open on the mount: caller or mount
+    #[arg(long, value_name = "WORD")]
+    target: Option<String>,
+    /// Any attribute of the kind by its name, and those that have no option of their own: size=+1, perm=0600. Repeatable
+    #[arg(long = "set", value_name = "NAME=VALUE", value_parser = pair)]
+    attributes: Vec<(String, String)>,
 }
 
 #[derive(Debug, Args)]
@@ -163,10 +231,10 @@ struct TriggerArgs {
     /// Lifetime of the rule
     #[arg(long = "for", value_name = "DURATION")]
     lifetime: Option<Span>,
-    /// Of a rule that comes and goes: how long it is away
+    /// Of a disk that comes and goes: how long it is well, first
     #[arg(long, value_name = "DURATION")]
     up: Option<Span>,
-    /// Of a rule that comes and goes: how long it acts
+    /// Of a disk that comes and goes: how long it then fails
     #[arg(long, value_name = "DURATION")]
     down: Option<Span>,
     /// Of the draws behind the probability
@@ -204,6 +272,7 @@ pub fn run(world: &World, command: &RuleCommand) -> u8 {
             Err(error) => world.console.error(&error),
         },
         RuleCommand::Clear => on_each(world, &clear),
+        RuleCommand::Check => on_each(world, &check),
         RuleCommand::Wait(args) => on_each(world, &|session| wait(session, args)),
         RuleCommand::Release { name, count } => on_each(world, &|session| release(session, name, *count)),
     }
@@ -240,15 +309,43 @@ fn given(fields: Vec<(&str, Value)>) -> Value {
 
 impl FaultArgs {
     fn document(&self) -> Value {
-        given(vec![
+        if let Some(terms) = &self.terms {
+            return json!(terms);
+        }
+        let switch = |on: bool| if on { json!(true) } else { Value::Null };
+        let mut document = given(vec![
             ("kind", json!(self.kind)),
             ("errno", json!(self.errno)),
+            ("errors", json!(self.errors)),
+            ("any", switch(self.any)),
             ("timing", json!(self.timing)),
+            ("force", switch(self.force)),
+            ("max_bytes", json!(self.max_bytes)),
+            ("fraction", json!(self.fraction)),
+            ("keep", json!(self.keep)),
+            ("then", json!(self.then)),
+            ("mode", json!(self.mode)),
+            ("bits", json!(self.bits)),
+            ("nth", json!(self.nth)),
+            ("value", json!(self.value)),
+            ("when", json!(self.when)),
+            ("offset_delta", json!(self.offset_delta)),
+            ("to", json!(self.to)),
+            ("ranges", json!(self.ranges)),
+            ("heal_on_write", switch(self.heal_on_write)),
             ("delay", json!(text(&self.delay))),
             ("jitter", json!(text(&self.jitter))),
             ("distribution", json!(self.distribution)),
-            ("then", json!(self.then)),
-        ])
+            ("bytes_per_second", json!(self.bytes_per_second)),
+            ("ops_per_second", json!(self.ops_per_second)),
+            ("burst", json!(self.burst)),
+            ("signal", json!(self.signal)),
+            ("target", json!(self.target)),
+        ]);
+        for (name, value) in &self.attributes {
+            document[name] = json!(value);
+        }
+        document
     }
 }
 
@@ -419,6 +516,29 @@ fn clear(session: &Session) -> Result<Outcome, ClientError> {
         names => format!("removed: {names}"),
     };
     Ok(changed(reply, what, old.iter().map(|rule| undo_of(session, rule)).collect()))
+}
+
+/// A run in which a required rule has not fired proves nothing.
+fn check(session: &Session) -> Result<Outcome, ClientError> {
+    let reply = session.client.get("/v1/rules")?;
+    let required: Vec<&Value> =
+        rules(&reply.body).iter().filter(|rule| rule.get("required") == Some(&Value::Bool(true))).collect();
+    let unfired = |rule: &&&Value| rule.get("unfired").is_some_and(Value::is_string);
+    let complaints: Vec<String> = required
+        .iter()
+        .filter(unfired)
+        .map(|rule| format!("error: rule {} has not fired: {}", field(rule, "name"), field(rule, "unfired")))
+        .collect();
+    let fired = required.iter().filter(|rule| !unfired(rule));
+    let lines = fired.map(|rule| format!("rule {} has fired {} times", field(rule, "name"), field(rule, "injections")));
+    let mut lines: Vec<String> = lines.collect();
+    if required.is_empty() {
+        lines.push("no rule is required".to_owned());
+    }
+    let exit = if complaints.is_empty() { exit::DONE } else { exit::FAILED };
+    let checked: Vec<Value> = required.into_iter().cloned().collect();
+    let body = json!({"passed": complaints.is_empty(), "required": checked, "cursor": reply.body.get("cursor")});
+    Ok(Outcome { complaints, exit, ..shown(Reply { body, ..reply }, lines) })
 }
 
 /// `reset` lives here because what it takes away and may have to bring back are rules.

@@ -25,11 +25,31 @@ const fn field_or(section: &'static str, name: &'static str, flag: &'static str,
 const FIELDS: &[Field] = &[
     field("fault", "kind", "--kind"),
     field("fault", "errno", "--errno"),
+    field("fault", "errors", "--errors"),
+    field("fault", "any", "--any"),
     field("fault", "timing", "--timing"),
+    field("fault", "force", "--force"),
+    field("fault", "max_bytes", "--max-bytes"),
+    field("fault", "fraction", "--fraction"),
+    field("fault", "keep", "--keep"),
+    field("fault", "then", "--then"),
+    field("fault", "mode", "--mode"),
+    field("fault", "bits", "--bits"),
+    field("fault", "nth", "--nth"),
+    field("fault", "value", "--value"),
+    field("fault", "when", "--when"),
+    field("fault", "offset_delta", "--offset-delta"),
+    field("fault", "to", "--to"),
+    field("fault", "ranges", "--ranges"),
+    field("fault", "heal_on_write", "--heal-on-write"),
     field("fault", "delay", "--delay"),
     field("fault", "jitter", "--jitter"),
     field("fault", "distribution", "--distribution"),
-    field("fault", "then", "--then"),
+    field("fault", "bytes_per_second", "--bytes-per-second"),
+    field("fault", "ops_per_second", "--ops-per-second"),
+    field("fault", "burst", "--burst"),
+    field("fault", "signal", "--signal"),
+    field("fault", "target", "--target"),
     field("match", "ops", "--op"),
     field("match", "path", "--path"),
     field("match", "path_regex", "--path-regex"),
@@ -56,9 +76,13 @@ const FIELDS: &[Field] = &[
     field("trigger", "seed", "--seed"),
 ];
 
+/// Flags that take no value.
+const SWITCHES: [&str; 3] = ["any", "force", "heal_on_write"];
+
 /// The words of the command that makes this rule, without the program's name.
 pub fn command(rule: &Value) -> Option<String> {
     let mut words = vec!["rule add".to_owned(), quoted(rule.get("name")?.as_str()?)];
+    words.extend(terms(rule).map(|terms| format!("--terms {}", quoted(terms))));
     for section in ["fault", "match", "trigger"] {
         for (name, value) in rule.get(section).and_then(Value::as_object).into_iter().flatten() {
             words.extend(flag(section, name, value)?);
@@ -76,12 +100,23 @@ pub fn command(rule: &Value) -> Option<String> {
     Some(words.join(" "))
 }
 
+/// The terms of a rule that has no kind.
+fn terms(rule: &Value) -> Option<&str> {
+    rule.get("fault")?.as_str()
+}
+
 /// The words for one field: none when it says nothing, and no answer at all when there is no flag for it.
 fn flag(section: &str, name: &str, value: &Value) -> Option<Option<String>> {
     let Some(text) = plain(value)? else {
         return Some(None);
     };
-    let field = FIELDS.iter().find(|field| field.section == section && field.name == name)?;
+    let Some(field) = FIELDS.iter().find(|field| field.section == section && field.name == name) else {
+        // The attributes of a kind that share their name with a condition, or are new to this client.
+        return (section == "fault").then(|| Some(format!("--set {}", quoted(&format!("{name}={text}")))));
+    };
+    if text == "true" && SWITCHES.contains(&name) {
+        return Some(Some(field.flag.to_owned()));
+    }
     if field.default == Some(text.as_str()) {
         return Some(None);
     }
@@ -97,27 +132,53 @@ fn plain(value: &Value) -> Option<Option<String>> {
         Value::Bool(truth) => Some(Some(truth.to_string())),
         Value::Array(items) if items.is_empty() => Some(None),
         Value::Array(items) => {
-            let words: Option<Vec<&str>> = items.iter().map(Value::as_str).collect();
+            let words: Option<Vec<String>> = items.iter().map(listed).collect();
             words.map(|words| Some(words.join(",")))
         }
         Value::Object(_) => None,
     }
 }
 
+/// One of a list: a word, or an error with its weight.
+fn listed(item: &Value) -> Option<String> {
+    match item {
+        Value::String(text) => Some(text.clone()),
+        Value::Object(fields) if fields.len() == 2 => {
+            Some(format!("{}={}", fields.get("errno")?.as_str()?, fields.get("weight")?))
+        }
+        _ => None,
+    }
+}
+
 /// What a rule does, in one line: `error EIO on write,fsync of /pg_wal/**, once`.
 pub fn sentence(rule: &Value) -> String {
     let text = |section: &str, name: &str| word(rule, section, name);
-    let mut words = vec![text("fault", "kind").unwrap_or_else(|| "?".to_owned())];
+    let kind = terms(rule).map(str::to_owned).or_else(|| text("fault", "kind"));
+    let mut words = vec![kind.unwrap_or_else(|| "?".to_owned())];
     words.extend(text("fault", "errno"));
     words.extend(text("fault", "delay"));
     words.extend(text("fault", "jitter").map(|jitter| format!("±{jitter}")));
+    words.extend(attributes(rule));
     words.push(format!("on {}", text("match", "ops").unwrap_or_else(|| "every operation".to_owned())));
     words.extend(text("match", "path").map(|path| format!("of {path}")));
     words.extend(text("match", "offset").map(|range| format!("in {range}")));
     words.extend(text("match", "pid").map(|pid| format!("by pid {pid}")));
     words.extend(text("match", "uid").map(|uid| format!("by uid {uid}")));
+    for name in ["path_regex", "tree", "comm", "gid", "length", "direct", "type"] {
+        words.extend(text("match", name).map(|value| format!("with {name} {value}")));
+    }
     let when: Vec<String> = conditions(&text).into_iter().map(|condition| format!(", {condition}")).collect();
     words.join(" ") + &when.concat()
+}
+
+/// What else is said of the kind: `max_bytes=100`.
+fn attributes(rule: &Value) -> Vec<String> {
+    let told = ["kind", "errno", "delay", "jitter"];
+    let fields = rule.get("fault").and_then(Value::as_object).into_iter().flatten();
+    let others = fields.filter(|(name, _)| !told.contains(&name.as_str()));
+    others
+        .map(|(name, value)| format!("{name}={}", plain(value).flatten().unwrap_or_else(|| value.to_string())))
+        .collect()
 }
 
 fn conditions(text: &dyn Fn(&str, &str) -> Option<String>) -> Vec<String> {
@@ -131,6 +192,11 @@ fn conditions(text: &dyn Fn(&str, &str) -> Option<String>) -> Vec<String> {
         set("skip", "0").map(|n| format!("after {n} matches")),
         set("every", "1").map(|n| format!("every {n}. match")),
         times,
+        set("per", "mount").map(|what| format!("counted per {what}")),
+        set("after", "").map(|span| format!("not before {span}")),
+        set("after_bytes", "").map(|size| format!("not before {size} bytes")),
+        set("after_rule", "").map(|name| format!("not before rule {name} has fired")),
+        set("up", "").zip(set("down", "")).map(|(up, down)| format!("well for {up}, then down for {down}")),
         set("for", "").map(|span| format!("for {span}")),
     ]
     .into_iter()
@@ -143,7 +209,8 @@ fn word(rule: &Value, section: &str, name: &str) -> Option<String> {
 }
 
 /// What the server adds to a rule; a client that sends a rule back leaves it out.
-const ADDED: [&str; 7] = ["matches", "injections", "created", "state", "cursor", "pending", "warnings"];
+const ADDED: [&str; 9] =
+    ["matches", "injections", "created", "state", "cursor", "pending", "warnings", "met", "unfired"];
 
 /// A rule as it was sent, from a rule as it was received.
 pub fn definition(rule: &Map<String, Value>) -> Value {
@@ -180,8 +247,22 @@ mod tests {
     }
 
     #[test]
+    fn attributes_of_every_kind_have_their_words() {
+        let errors = json!([{"errno": "EIO", "weight": 3}, {"errno": "ENOSPC", "weight": 1}]);
+        let rule = json!({"name": "a", "fault": {"kind": "error", "errors": errors, "force": true}});
+        assert_eq!(command(&rule).unwrap(), "rule add a --kind error --errors EIO=3,ENOSPC=1 --force");
+        let rule = json!({"name": "a", "fault": {"kind": "attr", "size": "+1"}});
+        assert_eq!(command(&rule).unwrap(), "rule add a --kind attr --set size=+1");
+        let rule = json!({"name": "a", "fault": "20%return(EIO)"});
+        assert_eq!(command(&rule).unwrap(), "rule add a --terms '20%return(EIO)'");
+        assert_eq!(sentence(&rule), "20%return(EIO) on every operation");
+        let rule = json!({"name": "a", "fault": {"kind": "short", "max_bytes": 100}, "match": {"comm": "etcd"}});
+        assert_eq!(sentence(&rule), "short max_bytes=100 on every operation with comm etcd");
+    }
+
+    #[test]
     fn a_rule_that_no_flags_express_has_no_command() {
-        let errors = json!([{"errno": "EIO", "weight": 1}]);
-        assert_eq!(command(&json!({"name": "a", "fault": {"kind": "error", "errors": errors}})), None);
+        let keep = json!({"parts": 3, "persist": [1, 3]});
+        assert_eq!(command(&json!({"name": "a", "fault": {"kind": "torn", "keep": keep}})), None);
     }
 }

@@ -7,6 +7,7 @@
 //! One file for each resource: bytes in, a call of the filesystem's own functions, a document out.
 
 mod body;
+mod damage;
 mod events;
 mod mode;
 mod problem;
@@ -148,7 +149,8 @@ fn router(control: Arc<Control>) -> Router {
         .route("/v1/version", get(state::version))
         .route("/v1/health", get(state::health))
         .route("/v1/reset", post(state::reset))
-        .route("/v1/evict", post(state::evict))
+        .route("/v1/evict", post(damage::evict))
+        .route("/v1/repair", get(damage::list).post(damage::repair))
         .route("/v1/unmount", post(state::unmount))
         .route("/v1/rules", get(rules::list).put(rules::replace).delete(rules::clear))
         .route("/v1/rules/{name}", get(rules::show).put(rules::put).patch(rules::patch).delete(rules::remove))
@@ -206,11 +208,13 @@ impl Control {
             self.core.resume(held, Ended::Removed);
         }
         self.core.parking.wake_clock();
-        if !kernel_cache::can_hide(&changed.armed) {
+        let traces = changed.released.into_iter().filter(|rule| kernel_cache::leaves_traces(rule));
+        let rules: Vec<_> = changed.armed.into_iter().chain(traces).collect();
+        if !kernel_cache::can_hide(&rules) {
             return Vec::new();
         }
         let core = self.core.clone();
-        helper(move || forget(&core, changed.armed)).await.unwrap_or_default()
+        helper(move || forget(&core, rules)).await.unwrap_or_default()
     }
 }
 

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use super::{Answer, Control, InForce, Shared, body, document};
 use crate::fault::Problem;
 use crate::fault::compile::nanoseconds;
-use crate::fault::spec::NotYet;
 use crate::fs::Mode;
+use crate::fs::arming::Life;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -22,26 +22,42 @@ struct Wanted {
     #[serde(default)]
     r#for: Option<String>,
     #[serde(default)]
-    up: NotYet,
+    up: Option<String>,
     #[serde(default)]
-    down: NotYet,
+    down: Option<String>,
 }
 
 impl Control {
     pub(super) fn show_mode(&self) -> Value {
         let (mode, rule) = self.core.arming.mode();
-        let left = rule.and_then(|rule| rule.deadline_ns).map(|at| at.saturating_sub(self.ring().now_ns()));
+        let left = rule.as_ref().and_then(|rule| rule.deadline_ns).map(|at| at.saturating_sub(self.ring().now_ns()));
         let left = left.map(|ns| humantime::format_duration(Duration::from_millis(ns / 1_000_000)).to_string());
-        json!({"mode": mode.word(), "remaining": left, "cursor": self.cursor()})
+        let trigger = rule.as_ref().map(|rule| &rule.spec.trigger);
+        let (up, down) = (trigger.and_then(|t| t.up.clone()), trigger.and_then(|t| t.down.clone()));
+        json!({"mode": mode.word(), "remaining": left, "up": up, "down": down, "cursor": self.cursor()})
     }
 
-    pub(super) async fn set_mode(&self, mode: Mode, life: Option<(String, u64)>) -> InForce {
-        let changed = self.core.arming.set_mode(mode, life.clone(), self.ring().now_ns());
-        self.core.capacity.set_full(mode == Mode::Enospc);
+    pub(super) async fn set_mode(&self, mode: Mode, life: Life) -> InForce {
+        let changed = self.core.arming.set_mode(mode, &life, self.ring().now_ns());
+        // A disk that comes and goes begins well: the clock says when it is full.
+        self.core.capacity.set_full(mode == Mode::Enospc && life.up.as_ref().is_none_or(|(_, up_ns)| *up_ns == 0));
         let in_force = self.in_force(changed).await;
-        let life = life.map(|(text, _)| text);
-        self.ring().change("mode", json!({"mode": mode.word(), "action": "set", "for": life}));
+        let text = |part: Option<(String, u64)>| part.map(|(text, _)| text);
+        let (lasts, up, down) = (text(life.lasts), text(life.up), text(life.down));
+        self.ring().change("mode", json!({"mode": mode.word(), "action": "set", "for": lasts, "up": up, "down": down}));
         in_force
+    }
+}
+
+/// A duration as it was written, and in nanoseconds.
+fn duration(name: &str, text: Option<String>) -> Result<Option<(String, u64)>, Problem> {
+    let Some(text) = text else { return Ok(None) };
+    match nanoseconds(&text) {
+        Some(ns) => Ok(Some((text, ns))),
+        None => {
+            let problem = Problem::new(format!("#/{name}"), format!("{name}: {text:?} is not a duration"));
+            Err(problem.hint("write \"10ms\", \"3s\" or \"5m\""))
+        }
     }
 }
 
@@ -51,26 +67,20 @@ pub async fn show(State(control): Shared) -> Answer {
 
 pub async fn set(State(control): Shared, body: Body) -> Answer {
     let wanted: Wanted = body::read(body).await?;
-    for (name, value) in [("up", &wanted.up), ("down", &wanted.down)] {
-        if value.is_some() {
-            let problem = Problem::new(format!("#/{name}"), format!("{name} is not built yet"));
-            return Err(Problem { not_yet: true, ..problem }.into());
-        }
-    }
     let Some(mode) = Mode::parse(&wanted.mode) else {
         let problem = Problem::new("#/mode", format!("mode: unknown mode {:?}", wanted.mode));
         return Err(problem.nearest(&wanted.mode, Mode::ALL.iter().map(|(word, _)| *word)).into());
     };
-    let life = match wanted.r#for {
-        None => None,
-        Some(text) => match nanoseconds(&text) {
-            Some(ns) => Some((text, ns)),
-            None => {
-                let problem = Problem::new("#/for", format!("for: {text:?} is not a duration"));
-                return Err(problem.hint("write \"10ms\", \"3s\" or \"5m\"").into());
-            }
-        },
+    let life = Life {
+        lasts: duration("for", wanted.r#for)?,
+        up: duration("up", wanted.up)?,
+        down: duration("down", wanted.down)?,
     };
+    if life.up.is_some() != life.down.is_some() {
+        let missing = if life.up.is_some() { "down" } else { "up" };
+        let problem = Problem::new(format!("#/{missing}"), format!("{missing}: one alone is no cycle"));
+        return Err(problem.hint("up: how long the disk is well; down: how long it then fails").into());
+    }
     let cursor = control.cursor();
     let in_force = control.set_mode(mode, life).await;
     let mut value = control.show_mode();

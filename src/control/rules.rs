@@ -17,8 +17,8 @@ use super::problem::Problem;
 use super::{Answer, Control, Shared, body, document, events};
 use crate::event::{Body as Event, Cursor, Read, Record, record::rfc3339};
 use crate::fault::compile::nanoseconds;
-use crate::fault::document::{from_value, rules as rules_of};
-use crate::fault::{Rule, RuleSpec};
+use crate::fault::document::{from_value, rule as rule_of, rules as rules_of};
+use crate::fault::{Rule, RuleSpec, why};
 use crate::fs::Ended;
 
 impl Control {
@@ -30,6 +30,13 @@ impl Control {
         value["injections"] = counters.injections.load(Relaxed).into();
         value["created"] = rfc3339(rule.created).into();
         value["state"] = rule.state(self.ring().now_ns()).word().into();
+        if rule.spec.required {
+            let funnel = &rule.counters.funnel;
+            let met = [&funnel.looked, &funnel.ops, &funnel.path, &funnel.process, &funnel.range];
+            let [requests, ops, path, process, range] = met.map(|counter| counter.load(Relaxed));
+            value["met"] = json!({"requests": requests, "ops": ops, "path": path, "process": process, "range": range});
+            value["unfired"] = why::unfired(rule, self.ring().now_ns()).into();
+        }
         value["cursor"] = self.cursor().into();
         value
     }
@@ -86,7 +93,7 @@ pub async fn show(State(control): Shared, Path(name): Path<String>) -> Answer {
 }
 
 pub async fn put(State(control): Shared, Path(name): Path<String>, body: Body) -> Answer {
-    let mut spec: RuleSpec = body::read(body).await?;
+    let mut spec: RuleSpec = rule_of(body::read(body).await?)?;
     if !spec.name.is_empty() && spec.name != name {
         let detail = format!("name: {:?} is not the {name:?} of the address", spec.name);
         return Err(crate::fault::Problem::new("#/name", detail).into());

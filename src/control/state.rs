@@ -1,16 +1,15 @@
-//! The state of the whole: version, health, reset, evict, unmount.
+//! The state of the whole: version, health, reset, unmount.
 //!
-//! On the control thread; evicting and unmounting are done by others.
+//! On the control thread; unmounting is done by another.
 
 use axum::body::Body;
 use axum::extract::State;
-use globset::GlobBuilder;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::problem::Problem;
-use super::{Answer, Control, Shared, Unmount, Unmounted, body, document, helper};
-use crate::durability::Evicted;
+use super::{Answer, Control, Shared, Unmount, Unmounted, body, document};
+use crate::fs::arming::Life;
 use crate::fs::mount::How;
 use crate::fs::{Ended, Mode};
 
@@ -50,7 +49,7 @@ pub async fn reset(State(control): Shared, body: Body) -> Answer {
     let changed = control.core.arming.remove(|_| true);
     let removed: Vec<String> = changed.released.iter().map(|rule| rule.name.to_string()).collect();
     control.in_force(changed).await;
-    control.set_mode(Mode::AllowWrites, None).await;
+    control.set_mode(Mode::AllowWrites, Life::default()).await;
     let space = control.clear_space().await;
     let held = control.core.parking.take(usize::MAX, |_| true);
     let released = held.len();
@@ -59,52 +58,6 @@ pub async fn reset(State(control): Shared, body: Body) -> Answer {
     control.ring().change("rule", json!({"action": "reset", "rules": removed, "space": space, "released": released}));
     let mode = control.core.arming.mode().0.word();
     Ok(document(200, &json!({"removed": removed, "mode": mode, "released": released, "cursor": cursor})))
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Evict {
-    #[serde(default)]
-    path: Option<String>,
-}
-
-pub async fn evict(State(control): Shared, body: Body) -> Answer {
-    let wanted: Evict = body::read(body).await?;
-    let glob = match &wanted.path {
-        None => None,
-        Some(path) => {
-            let built = GlobBuilder::new(path).literal_separator(true).build();
-            Some(built.map_err(|error| Problem::bad_request(format!("path: {error}")))?.compile_matcher())
-        }
-    };
-    let cursor = control.cursor();
-    let core = control.core.clone();
-    // The helper tells the stream by itself: it may take longer than the client is made to wait.
-    let work = helper(move || {
-        let evicted: Vec<Value> = core.evict_all(glob.as_ref()).into_iter().map(report).collect();
-        core.ring.change("space", json!({"action": "evicted", "files": evicted}));
-        evicted
-    });
-    let evicted = match tokio::time::timeout(super::FORGET_LIMIT, work).await {
-        Ok(evicted) => evicted?,
-        Err(_) => {
-            let pending = "a waiting request holds a file's pages: an event tells when it is done";
-            return Ok(document(200, &json!({"evicted": [], "pending": [pending], "cursor": cursor})));
-        }
-    };
-    let failed = evicted.iter().find(|one| one.get("error").is_some()).cloned();
-    match failed {
-        Some(failed) => Err(Problem::new(500, "internal", format!("not all could be taken back: {failed}"))
-            .with("evicted", evicted.into())),
-        None => Ok(document(200, &json!({"evicted": evicted, "pending": [], "cursor": cursor}))),
-    }
-}
-
-fn report((path, result): (String, std::io::Result<Evicted>)) -> Value {
-    match result {
-        Ok(evicted) => json!({"path": path, "writes": evicted.writes, "bytes": evicted.bytes}),
-        Err(error) => json!({"path": path, "error": error.to_string()}),
-    }
 }
 
 #[derive(Deserialize)]

@@ -9,7 +9,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::ranges::Ranges;
+use super::originals::{Original, Originals};
+use crate::ranges::Ranges;
 
 /// Old bytes held by all files together. A write whose undo does not fit is refused, never let go untracked.
 pub const LIMIT_BYTES: u64 = 256 << 20;
@@ -27,6 +28,8 @@ pub struct Undo {
     size: Option<u64>,
     /// Dropped requests, for the report.
     pub writes: u64,
+    /// What the file should have where it was damaged.
+    pub originals: Originals,
 }
 
 /// The file as the undo log reaches it.
@@ -46,8 +49,9 @@ pub struct Evicted {
 }
 
 impl Undo {
+    /// Is there nothing dropped, and nothing damaged?
     pub fn is_empty(&self) -> bool {
-        self.size.is_none()
+        self.size.is_none() && self.originals.is_empty()
     }
 
     /// To be called before a range is overwritten by a write that is to be lost.
@@ -77,6 +81,7 @@ impl Undo {
     /// To be called after a write that is to stay: it is no longer covered by anything dropped before, and the file
     /// will not return below its end.
     pub fn after_kept(&mut self, range: Range<u64>) {
+        self.originals.cut(&range);
         let Some(size) = self.size else { return };
         self.size = Some(size.max(range.end));
         self.dropped.remove(range.clone());
@@ -85,6 +90,7 @@ impl Undo {
 
     /// To be called after a truncation that is to stay: nothing returns beyond the new size.
     pub fn after_truncate(&mut self, size: u64) {
+        self.originals.cut(&(size..u64::MAX));
         if self.size.is_some() {
             self.size = Some(size);
             self.dropped.remove(size..u64::MAX);
@@ -141,8 +147,34 @@ impl Undo {
         file.truncate(size)?;
         let bytes = self.dropped.iter().map(|range| range.end - range.start).fold(0, u64::saturating_add);
         let evicted = Evicted { writes: self.writes, bytes };
-        *self = Undo::default();
+        self.old.values().for_each(|bytes| release(bytes.len()));
+        self.old.clear();
+        (self.dropped, self.size, self.writes) = (Ranges::default(), None, 0);
         Ok(evicted)
+    }
+
+    /// Gives the file back what it should have where it was damaged. What a dropped write covers comes right when that is
+    /// taken back.
+    ///
+    /// # Errors
+    /// What could not be mended stays as it is, so that it can be tried again.
+    pub fn repair(&mut self, file: &mut impl File) -> io::Result<Vec<Original>> {
+        for original in self.originals.iter() {
+            for gap in self.dropped.gaps(original.range()) {
+                let from = (gap.start - original.offset) as usize;
+                file.write(gap.start, &original.bytes[from..from + (gap.end - gap.start) as usize])?;
+            }
+        }
+        let repaired = self.originals.take();
+        for original in &repaired {
+            for (start, old) in &mut self.old {
+                let end = *start + old.len() as u64;
+                for at in original.range().start.max(*start)..original.range().end.min(end) {
+                    old[(at - start) as usize] = original.bytes[(at - original.offset) as usize];
+                }
+            }
+        }
+        Ok(repaired)
     }
 }
 
@@ -175,6 +207,16 @@ fn save(range: Range<u64>, file: &mut impl File) -> io::Result<Vec<u8>> {
 
 fn release(length: usize) {
     HELD_BYTES.fetch_sub(length as u64, Relaxed);
+}
+
+/// More, or fewer, bytes are held.
+pub(super) fn hold(more: i64) {
+    HELD_BYTES.fetch_add(more as u64, Relaxed);
+}
+
+/// Is there room to keep so many bytes more?
+pub fn has_room(length: usize) -> bool {
+    HELD_BYTES.load(Relaxed) + length as u64 <= LIMIT_BYTES
 }
 
 fn paint(wanted: &Range<u64>, start: u64, end: u64, byte: impl Fn(u64) -> u8, buffer: &mut [u8]) {

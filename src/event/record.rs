@@ -4,6 +4,7 @@
 //! with the inode. Only the control thread turns it into JSON.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -22,6 +23,8 @@ pub struct Record {
     pub body: Body,
 }
 
+// Most are injections, and those are made without allocating.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug)]
 pub enum Body {
     Injection(Injection),
@@ -44,6 +47,8 @@ pub struct Injection {
     pub length: Option<u64>,
     /// Bytes that were done all the same, of a request cut short.
     pub done: Option<u64>,
+    /// Bytes of the file that are other than was asked for: damaged, lost, or written in the wrong place.
+    pub changed: Option<Arc<Vec<Range<u64>>>>,
     /// The process; 0 for write-back by the kernel, or a caller outside our pid namespace.
     pub pid: u32,
     /// The thread, as FUSE tells it.
@@ -121,9 +126,11 @@ impl Injection {
     fn fill(&self, object: &mut Map<String, Value>) {
         let path = self.path.as_ref().map(|path| String::from_utf8_lossy(path).into_owned());
         let errno = self.errno.map(|n| errno::name(n).map_or_else(|| n.to_string(), str::to_string));
+        let place = |range: &Range<u64>| json!({"offset": range.start, "length": range.end - range.start});
+        let changed: Option<Vec<Value>> = self.changed.as_ref().map(|ranges| ranges.iter().map(place).collect());
         let fields = json!({
             "rule": &*self.rule, "kind": self.kind, "op": self.op, "path": path, "ino": self.ino, "fh": self.fh,
-            "offset": self.offset, "length": self.length, "done": self.done, "pid": self.pid, "tid": self.tid,
+            "offset": self.offset, "length": self.length, "done": self.done, "changed": changed, "pid": self.pid, "tid": self.tid,
             "uid": self.uid, "comm": self.comm.text(), "errno": errno, "delay_ns": self.delay_ns, "nth": self.nth,
             "repeat": self.repeat, "worker": self.worker, "labels": self.labels.as_deref().cloned().unwrap_or_default(),
         });

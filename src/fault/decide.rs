@@ -5,23 +5,34 @@
 
 use std::hash::Hasher;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use globset::GlobMatcher;
 use siphasher::sip::SipHasher13;
 
 use super::index::Wanted;
-use super::kind::{Fault, Then};
-use super::op::{Op, OpSet};
-use super::plan::{Plan, Rule};
+use super::kind::{BadSectors, Fault, SECTOR, Throttle, Timing};
+use super::op::{FileType, Op, OpSet};
+use super::plan::{Per, Place, Plan, Rule, Scope, Term};
 
 /// What a decision may ask about a request. Costly facts are asked for only by rules that need them.
 pub trait Facts {
     fn op(&self) -> Op;
     fn uid(&self) -> u32;
+    fn gid(&self) -> u32;
     /// The caller's process, not its thread.
     fn pid(&self) -> u32;
+    /// Does the caller's process descend from this one, or is it itself?
+    fn in_tree(&self, root: u32) -> bool;
+    /// Is the name of the caller's program or of its thread such a one?
+    fn comm_matches(&self, name: &GlobMatcher) -> bool;
     /// Bytes touched: offset and length, where the operation has them.
     fn range(&self) -> Option<(u64, u64)>;
+    /// Bytes moved: of a read, no more than there are.
+    fn bytes(&self) -> u64;
+    /// Past the page cache? Nothing for operations that are neither.
+    fn direct(&self) -> Option<bool>;
+    fn file_type(&self) -> Option<FileType>;
     /// Is it a setattr that changes the size?
     fn truncates(&self) -> bool;
     /// Does it need space that the file does not have yet?
@@ -30,8 +41,17 @@ pub trait Facts {
     fn path_bits(&self, plan: &Plan) -> Option<Arc<[u64]>>;
     /// Otherwise, rule by rule.
     fn path_matches(&self, rule: &Rule) -> bool;
+    /// A number that stands for the path: the same in each run.
+    fn path_key(&self) -> u64;
     /// Monotonic nanoseconds.
     fn now_ns(&self) -> u64;
+}
+
+/// The number that stands for a path.
+pub fn key_of(path: &[u8]) -> u64 {
+    let mut hasher = SipHasher13::new();
+    hasher.write(path);
+    hasher.finish()
 }
 
 /// One firing of a rule.
@@ -40,8 +60,34 @@ pub struct Firing {
     pub rule: Arc<Rule>,
     /// The rule's how-manieth injection it is, from 1.
     pub nth: u64,
-    /// For a latency: how long.
+    /// How long, for a kind that delays.
     pub delay_ns: u64,
+    /// Of bad sectors, the first byte that cannot be read.
+    pub place: Option<u64>,
+    term: usize,
+    /// The match that fired, and of what.
+    n: u64,
+    key: u64,
+    scope: Option<Arc<Scope>>,
+}
+
+impl Firing {
+    pub fn fault(&self) -> &Fault {
+        self.rule.terms[self.term].fault.as_ref().unwrap_or(&Fault::Full)
+    }
+
+    /// The k-th number of this firing, uniform in [0, 1): the same for the same seed, rule and match.
+    pub fn draw(&self, k: u64) -> f64 {
+        self.rule.draw(self.key, self.n, DRAWS_OF_FIRING + k)
+    }
+
+    /// It turned out that nothing could be done to the request: as if the rule had not fired.
+    pub fn revoke(&self) {
+        let counters = &self.rule.counters;
+        counters.injections.fetch_sub(1, Relaxed);
+        self.scope.as_deref().unwrap_or(&counters.whole).injections.fetch_sub(1, Relaxed);
+        counters.terms[self.term].fired.fetch_sub(1, Relaxed);
+    }
 }
 
 /// How the request ends, after delays and stalls.
@@ -49,8 +95,10 @@ pub struct Firing {
 pub enum Outcome {
     #[default]
     Proceed,
+    /// It fails; nothing is done.
     Error(i32, Firing),
-    Drop(Firing),
+    /// It is done otherwise than it was asked for: the firing's fault says how.
+    Alter(Firing),
 }
 
 /// What the rules make of one request. The default is: nothing.
@@ -58,14 +106,17 @@ pub enum Outcome {
 pub struct Decision {
     /// Firings that delay, in order; their delays add up.
     pub delays: smallvec::SmallVec<[Firing; 1]>,
-    pub stall: Option<(Then, Firing)>,
+    /// Firings that send signals.
+    pub kills: smallvec::SmallVec<[Firing; 1]>,
+    pub stall: Option<Firing>,
     pub outcome: Outcome,
 }
 
 impl Decision {
     /// Nothing fired.
     pub fn is_nothing(&self) -> bool {
-        self.delays.is_empty() && self.stall.is_none() && matches!(self.outcome, Outcome::Proceed)
+        let proceeds = matches!(self.outcome, Outcome::Proceed);
+        proceeds && self.delays.is_empty() && self.kills.is_empty() && self.stall.is_none()
     }
 
     pub fn delay_ns(&self) -> u64 {
@@ -73,15 +124,18 @@ impl Decision {
     }
 }
 
-/// Asks the rules in their order. Delays add up; the first rule that decides the outcome ends it, and the rules
+/// Asks the rules in their order. Delays and signals add up; the first rule that decides the outcome ends it, and the rules
 /// after it neither match nor count.
 pub fn decide(plan: &Plan, facts: &impl Facts) -> Decision {
     let mut decision = Decision::default();
     let candidates = plan.candidates(facts.op());
-    if candidates.iter().all(|word| *word == 0) {
+    if plan.awaited.is_empty() && candidates.iter().all(|word| *word == 0) {
         return decision;
     }
     let paths = facts.path_bits(plan);
+    for i in &plan.awaited {
+        look(&plan.rules[*i], facts, paths.as_ref().map(|bits| bits[i / 64] & 1 << (i % 64) != 0));
+    }
     let wanted = Wanted { pid: || facts.pid(), uid: facts.uid(), range: facts.range() };
     let mut narrowed = plan.index.as_ref().map(|index| index.narrow(wanted));
     for (w, word) in candidates.iter().enumerate() {
@@ -92,7 +146,7 @@ pub fn decide(plan: &Plan, facts: &impl Facts) -> Decision {
             left &= left - 1;
             let path_known = paths.is_some();
             if let Some(firing) = ask(rule, facts, path_known)
-                && apply(firing, &mut decision)
+                && apply(firing, facts.op(), &mut decision)
             {
                 return decision;
             }
@@ -102,26 +156,32 @@ pub fn decide(plan: &Plan, facts: &impl Facts) -> Decision {
 }
 
 /// Takes a firing into the decision; true when the outcome is decided.
-fn apply(firing: Firing, decision: &mut Decision) -> bool {
-    match &firing.rule.fault {
-        Fault::Latency(_) => decision.delays.push(firing),
-        Fault::Stall { then } => {
-            let decided = matches!(then, Then::Error(_));
+fn apply(firing: Firing, op: Op, decision: &mut Decision) -> bool {
+    match firing.fault() {
+        Fault::Latency(_) | Fault::Throttle(_) => decision.delays.push(firing),
+        Fault::Kill { .. } => decision.kills.push(firing),
+        Fault::Stall { then, .. } => {
+            let decided = matches!(then, super::kind::Then::Error(_));
             // A second stall adds nothing to the first that does not end by itself either.
             if decision.stall.is_none() || decided {
-                decision.stall = Some((*then, firing));
+                decision.stall = Some(firing);
             }
             return decided;
         }
-        Fault::Error { errno } => {
-            decision.outcome = Outcome::Error(*errno, firing);
+        // A read that is done and then fails is one that failed.
+        Fault::Error { errors, timing } if *timing == Timing::Before || op == Op::Read => {
+            decision.outcome = Outcome::Error(errors.pick(op, firing.draw(0)), firing);
             return true;
         }
-        Fault::Drop => {
-            decision.outcome = Outcome::Drop(firing);
+        Fault::BadSectors(bad) => {
+            decision.outcome = Outcome::Error(bad.errno, firing);
             return true;
         }
         Fault::Full => {}
+        _ => {
+            decision.outcome = Outcome::Alter(firing);
+            return true;
+        }
     }
     false
 }
@@ -131,23 +191,60 @@ fn ask(rule: &Arc<Rule>, facts: &impl Facts, path_known: bool) -> Option<Firing>
     if !matches(rule, facts, path_known) {
         return None;
     }
-    let n = rule.counters.matches.fetch_add(1, Relaxed) + 1;
-    let nth = rule.fire(n)?;
-    let delay_ns = match &rule.fault {
-        Fault::Latency(latency) => latency.sample(rule.draw(n, 1), rule.draw(n, 2)),
-        _ => 0,
+    if rule.heals_by(facts.op()) && !rule.place.ops.has(facts.op()) {
+        rule.heal(facts);
+        return None;
+    }
+    rule.counters.matches.fetch_add(1, Relaxed);
+    let (key, scope) = rule.scope(facts);
+    let counts = scope.as_deref().unwrap_or(&rule.counters.whole);
+    if !rule.is_awake(facts, counts) {
+        return None;
+    }
+    let n = counts.n.fetch_add(1, Relaxed) + 1;
+    if !rule.fires(key, n) {
+        return None;
+    }
+    let (term, delay_ns) = rule.choose(key, n, facts)?;
+    let place = match &rule.terms[term].fault {
+        Some(Fault::BadSectors(bad)) => rule.bad_sector(term, bad, facts),
+        _ => None,
     };
-    Some(Firing { rule: rule.clone(), nth, delay_ns })
+    let nth = rule.claim(counts)?;
+    Some(Firing { rule: rule.clone(), nth, delay_ns, place, term, n, key, scope })
 }
 
 /// Cheap conditions first: the order is not part of the meaning.
 fn matches(rule: &Rule, facts: &impl Facts, path_known: bool) -> bool {
-    rule.uid.is_none_or(|uid| uid == facts.uid())
-        && rule.offset.as_ref().is_none_or(|wanted| touches(facts.range(), wanted))
+    let place = &rule.place;
+    cheap(place, facts)
         && rule.deadline_ns.is_none_or(|deadline| facts.now_ns() < deadline)
         && (path_known || facts.path_matches(rule))
-        && rule.pid.is_none_or(|pid| pid == facts.pid())
-        && meets_condition(rule.ops, facts)
+        && in_process(place, facts)
+        && is_type(place, facts)
+        && (rule.heals_by(facts.op()) || rule.acts_on(facts))
+}
+
+fn cheap(place: &Place, facts: &impl Facts) -> bool {
+    place.uid.is_none_or(|uid| uid == facts.uid())
+        && place.gid.is_none_or(|gid| gid == facts.gid())
+        && in_range(place, facts)
+}
+
+fn in_range(place: &Place, facts: &impl Facts) -> bool {
+    place.offset.as_ref().is_none_or(|wanted| touches(facts.range(), wanted))
+        && place.length.as_ref().is_none_or(|wanted| facts.range().is_some_and(|(_, length)| wanted.contains(&length)))
+        && place.direct.is_none_or(|wanted| facts.direct() == Some(wanted))
+}
+
+fn in_process(place: &Place, facts: &impl Facts) -> bool {
+    place.pid.is_none_or(|pid| pid == facts.pid())
+        && place.comm.as_ref().is_none_or(|name| facts.comm_matches(name))
+        && place.tree.is_none_or(|root| facts.in_tree(root))
+}
+
+fn is_type(place: &Place, facts: &impl Facts) -> bool {
+    place.file_type.is_none_or(|wanted| facts.file_type() == Some(wanted))
 }
 
 fn touches(range: Option<(u64, u64)>, wanted: &std::ops::Range<u64>) -> bool {
@@ -160,40 +257,187 @@ fn meets_condition(ops: OpSet, facts: &impl Facts) -> bool {
         || (ops.grow() && facts.op().can_grow() && facts.grows())
 }
 
+/// For a rule that must fire: how far does this request get?
+#[cold]
+fn look(rule: &Rule, facts: &impl Facts, path: Option<bool>) {
+    let (funnel, place) = (&rule.counters.funnel, &rule.place);
+    let count = |counter: &AtomicU64| {
+        counter.fetch_add(1, Relaxed);
+    };
+    count(&funnel.looked);
+    if !meets_condition(place.ops, facts) || !rule.terms.iter().any(|term| meets_condition(term.ops, facts)) {
+        return;
+    }
+    count(&funnel.ops);
+    if !path.unwrap_or_else(|| facts.path_matches(rule)) || !is_type(place, facts) {
+        return;
+    }
+    count(&funnel.path);
+    let user = place.uid.is_none_or(|uid| uid == facts.uid()) && place.gid.is_none_or(|gid| gid == facts.gid());
+    if !user || !in_process(place, facts) {
+        return;
+    }
+    count(&funnel.process);
+    if in_range(place, facts) && rule.acts_on(facts) {
+        count(&funnel.range);
+    }
+}
+
+/// Numbers of the draws of one match; they must never change.
+const DRAW_PROBABILITY: u64 = 0;
+const DRAW_DELAY: [u64; 2] = [1, 2];
+const DRAWS_OF_TERMS: u64 = 1 << 8;
+const DRAWS_OF_FIRING: u64 = 1 << 16;
+
 impl Rule {
-    /// Decides for the n-th match (from 1) and, if it fires, claims and gives the number of the injection. The
-    /// decision depends on (seed, rule, n) alone, but for the limit of `times`.
-    fn fire(&self, n: u64) -> Option<u64> {
-        let trigger = &self.trigger;
-        if n <= trigger.skip || !(n - trigger.skip - 1).is_multiple_of(trigger.every) {
-            return None;
-        }
-        if trigger.probability < 1.0 && self.draw(n, 0) >= trigger.probability {
-            return None;
-        }
-        let limit = trigger.times.unwrap_or(u64::MAX);
-        self.counters
-            .injections
-            .fetch_update(Relaxed, Relaxed, |done| (done < limit).then_some(done + 1))
-            .ok()
-            .map(|before| before + 1)
+    /// Could some term act on the request?
+    fn acts_on(&self, facts: &impl Facts) -> bool {
+        (0..self.terms.len()).any(|i| self.term_acts_on(i, facts))
     }
 
-    /// A number uniform in [0, 1), keyed by (seed, rule, n, which): the same everywhere and for ever.
-    fn draw(&self, n: u64, which: u64) -> f64 {
+    fn term_acts_on(&self, i: usize, facts: &impl Facts) -> bool {
+        let term = &self.terms[i];
+        meets_condition(term.ops, facts)
+            && match &term.fault {
+                Some(Fault::BadSectors(bad)) => self.bad_sector(i, bad, facts).is_some(),
+                _ => true,
+            }
+    }
+
+    /// The first bad sector that the request would read.
+    fn bad_sector(&self, i: usize, bad: &BadSectors, facts: &impl Facts) -> Option<u64> {
+        let (offset, _) = facts.range()?;
+        let range = offset..offset.saturating_add(facts.bytes());
+        let healed = bad.heal_on_write.then(|| self.counters.terms[i].healed.lock());
+        let healed = healed.as_ref().and_then(|healed| healed.get(&facts.path_key()));
+        let touched = bad.ranges.iter().filter(|bad| bad.start < range.end && bad.end > range.start);
+        let parts = touched.flat_map(|bad| {
+            let part = bad.start.max(range.start)..bad.end.min(range.end);
+            healed.map_or_else(|| vec![part.clone()], |healed| healed.gaps(part.clone()))
+        });
+        parts.map(|part| part.start).min()
+    }
+
+    /// Sectors that are written whole are good again.
+    fn heal(&self, facts: &impl Facts) {
+        let Some((offset, length)) = facts.range() else { return };
+        let whole = offset.next_multiple_of(SECTOR)..(offset + length) / SECTOR * SECTOR;
+        if whole.start < whole.end {
+            for state in &self.counters.terms {
+                state.healed.lock().entry(facts.path_key()).or_default().add(whole.clone());
+            }
+        }
+    }
+
+    /// Whose count it is.
+    fn scope(&self, facts: &impl Facts) -> (u64, Option<Arc<Scope>>) {
+        let (key, id) = match self.trigger.per {
+            Per::Mount => return (0, None),
+            Per::File => (facts.path_key(), facts.path_key()),
+            // Numbers of processes are others in the next run: what they draw must not depend on them.
+            Per::Process => (0, u64::from(facts.pid())),
+        };
+        (key, Some(self.counters.scopes.lock().entry(id).or_default().clone()))
+    }
+
+    /// Do the conditions on time and on others hold?
+    fn is_awake(&self, facts: &impl Facts, counts: &Scope) -> bool {
+        let trigger = &self.trigger;
+        let enough = trigger.after_bytes == 0 || counts.bytes.fetch_add(facts.bytes(), Relaxed) >= trigger.after_bytes;
+        let since = || facts.now_ns().saturating_sub(self.armed_ns);
+        enough
+            && (trigger.after_ns == 0 || since() >= trigger.after_ns)
+            && trigger.cycle.is_none_or(|cycle| cycle.is_down(since()))
+            && trigger.after_rule.as_ref().is_none_or(super::plan::AfterRule::has_fired)
+    }
+
+    /// Decides for the n-th match (from 1). Depends on (seed, rule, n) alone, and on the path where files are counted.
+    fn fires(&self, key: u64, n: u64) -> bool {
+        let trigger = &self.trigger;
+        n > trigger.skip
+            && (n - trigger.skip - 1).is_multiple_of(trigger.every)
+            && (trigger.probability >= 1.0 || self.draw(key, n, DRAW_PROBABILITY) < trigger.probability)
+    }
+
+    /// The first term that can act, with its delay.
+    fn choose(&self, key: u64, n: u64, facts: &impl Facts) -> Option<(usize, u64)> {
+        let only = self.terms.len() == 1;
+        for (i, term) in self.terms.iter().enumerate() {
+            let state = &self.counters.terms[i];
+            let by_chance = term.chance >= 1.0 || self.draw(key, n, DRAWS_OF_TERMS + i as u64) < term.chance;
+            if !by_chance || !(only || self.term_acts_on(i, facts)) {
+                continue;
+            }
+            let delay_ns = self.delay_ns(term, i, key, n, facts);
+            if delay_ns == 0 && matches!(term.fault, Some(Fault::Throttle(_))) {
+                // The disk is free: nothing to wait for.
+                return None;
+            }
+            if !take(&state.fired, term.limit) {
+                continue;
+            }
+            return term.fault.is_some().then_some((i, delay_ns));
+        }
+        None
+    }
+
+    fn delay_ns(&self, term: &Term, i: usize, key: u64, n: u64, facts: &impl Facts) -> u64 {
+        match &term.fault {
+            Some(Fault::Latency(latency)) => {
+                let [u, v] = DRAW_DELAY.map(|which| self.draw(key, n, which));
+                latency.sample(u, v)
+            }
+            Some(Fault::Throttle(throttle)) => self.queue(throttle, i, facts),
+            _ => 0,
+        }
+    }
+
+    /// Takes a turn on a slow disk: how long until the request is done. The disk is busy with one after the other (a
+    /// virtual clock; Turner's leaky bucket), and what it may owe after a rest is the burst.
+    fn queue(&self, throttle: &Throttle, i: usize, facts: &impl Facts) -> u64 {
+        let now = facts.now_ns();
+        let turns = throttle.costs_ns(facts.bytes()).into_iter().zip(throttle.bursts_ns());
+        let waits = turns.zip(&self.counters.terms[i].busy_ns).map(|((cost, burst), busy)| {
+            let mut until = now;
+            let _ = busy.fetch_update(Relaxed, Relaxed, |busy| {
+                until = busy.max(now).saturating_add(cost);
+                Some(until)
+            });
+            (until - now).saturating_sub(burst)
+        });
+        waits.max().unwrap_or(0)
+    }
+
+    /// Claims an injection, if there is one left, and gives its number.
+    fn claim(&self, counts: &Scope) -> Option<u64> {
+        take(&counts.injections, self.trigger.times).then(|| self.counters.injections.fetch_add(1, Relaxed) + 1)
+    }
+
+    /// A number uniform in [0, 1), keyed by (seed, rule, n, which), and by the path where files are counted: the same
+    /// everywhere and for ever.
+    fn draw(&self, key: u64, n: u64, which: u64) -> f64 {
         let mut hasher = SipHasher13::new_with_keys(self.trigger.seed, which);
         hasher.write(self.name.as_bytes());
         hasher.write_u64(n.to_le());
+        if key != 0 {
+            hasher.write_u64(key.to_le());
+        }
         // 53 bits are what a double holds exactly.
         (hasher.finish() >> 11) as f64 / (1u64 << 53) as f64
     }
+}
+
+/// One more, unless there were so many already.
+fn take(counter: &AtomicU64, limit: Option<u64>) -> bool {
+    let limit = limit.unwrap_or(u64::MAX);
+    counter.fetch_update(Relaxed, Relaxed, |done| (done < limit).then_some(done + 1)).is_ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fault::compile::Defaults;
-    use crate::fault::{RuleSpec, compile};
+    use crate::fault::{RuleSpec, Then, compile};
     use std::time::SystemTime;
 
     /// A write of user 0 to a file of some path.
@@ -206,8 +450,29 @@ mod tests {
         fn uid(&self) -> u32 {
             0
         }
+        fn gid(&self) -> u32 {
+            0
+        }
         fn pid(&self) -> u32 {
             1
+        }
+        fn in_tree(&self, root: u32) -> bool {
+            root == 1
+        }
+        fn comm_matches(&self, name: &GlobMatcher) -> bool {
+            name.is_match("postgres")
+        }
+        fn bytes(&self) -> u64 {
+            100
+        }
+        fn direct(&self) -> Option<bool> {
+            Some(false)
+        }
+        fn file_type(&self) -> Option<FileType> {
+            Some(FileType::File)
+        }
+        fn path_key(&self) -> u64 {
+            key_of(self.0.as_bytes())
         }
         fn range(&self) -> Option<(u64, u64)> {
             Some((4096, 100))
@@ -257,6 +522,15 @@ mod tests {
             ("", true),
             (r#","match":{"uid":0,"pid":1,"offset":"4KiB..8KiB","ops":["data"]}"#, true),
             (r#","match":{"uid":1}"#, false),
+            (r#","match":{"gid":0,"comm":"post*","tree":1,"type":"file","direct":false,"length":"100..101"}"#, true),
+            (r#","match":{"gid":1}"#, false),
+            (r#","match":{"comm":"redis*"}"#, false),
+            (r#","match":{"tree":2}"#, false),
+            (r#","match":{"type":"directory"}"#, false),
+            (r#","match":{"direct":true}"#, false),
+            (r#","match":{"length":"..100"}"#, false),
+            (r#","match":{"path_regex":"^/a/[bc]$"}"#, true),
+            (r#","match":{"path_regex":"^/a$"}"#, false),
             (r#","match":{"pid":2}"#, false),
             (r#","match":{"offset":"..4KiB"}"#, false),
             (r#","match":{"ops":["grow"]}"#, false),
@@ -283,7 +557,7 @@ mod tests {
         assert!(decision.stall.is_some() && matches!(decision.outcome, Outcome::Error(..)));
         let plan = Plan::new(2, vec![stall("error"), last.clone()]);
         let decision = decide(&plan, &Write("/"));
-        assert!(matches!(decision.stall, Some((Then::Error(libc::EIO), _))));
+        assert!(matches!(decision.stall.unwrap().fault(), Fault::Stall { then: Then::Error(libc::EIO), .. }));
         assert!(matches!(decision.outcome, Outcome::Proceed));
         assert_eq!(last.counters.matches.load(Relaxed), 1, "what comes after a decision does not count");
     }
@@ -292,7 +566,7 @@ mod tests {
     #[test]
     fn the_draws_of_a_seed_are_for_ever() {
         let half = error("half", r#","trigger":{"probability":0.5,"seed":42}"#);
-        let fired: Vec<u64> = (1..=20).filter(|n| half.fire(*n).is_some()).collect();
+        let fired: Vec<u64> = (1..=20).filter(|n| half.fires(0, *n)).collect();
         assert_eq!(fired, GOLDEN);
     }
 

@@ -60,6 +60,17 @@ fn problem(path: &serde_path_to_error::Path, message: &str) -> Problem {
     Problem { hint, ..Problem::new(pointer, format!("{place}{}", message.replace('`', "\""))) }
 }
 
+/// A rule: as the contract has it, or terms alone (`"20%return(EIO)"`), which act on everything.
+///
+/// # Errors
+/// As [`from_json`].
+pub fn rule(document: serde_json::Value) -> Result<RuleSpec, Problem> {
+    match document {
+        serde_json::Value::String(terms) => from_value(serde_json::json!({"fault": terms})),
+        other => from_value(other),
+    }
+}
+
 /// A set of rules: `{"rules": [...]}`, a list, or one rule.
 ///
 /// # Errors

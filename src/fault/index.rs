@@ -37,8 +37,8 @@ pub struct Narrowed<'a> {
 impl Index {
     pub fn new(rules: &[Arc<Rule>]) -> Index {
         Index {
-            pid: Keyed::new(rules, |rule| rule.pid),
-            uid: Keyed::new(rules, |rule| rule.uid),
+            pid: Keyed::new(rules, |rule| rule.place.pid),
+            uid: Keyed::new(rules, |rule| rule.place.uid),
             offset: Offsets::new(rules),
         }
     }
@@ -123,11 +123,12 @@ const SETS: usize = 128;
 
 impl Offsets {
     fn new(rules: &[Arc<Rule>]) -> Option<Offsets> {
-        let ranges: Vec<&Range<u64>> = rules.iter().filter_map(|rule| rule.offset.as_ref()).collect();
+        let ranges: Vec<&Range<u64>> = rules.iter().filter_map(|rule| rule.place.offset.as_ref()).collect();
         if ranges.is_empty() {
             return None;
         }
-        let with = |holds: &dyn Fn(&Range<u64>) -> bool| bits(rules, |rule| rule.offset.as_ref().is_none_or(holds));
+        let with =
+            |holds: &dyn Fn(&Range<u64>) -> bool| bits(rules, |rule| rule.place.offset.as_ref().is_none_or(holds));
         let sets = |mut offsets: Vec<u64>, set: &dyn Fn(u64) -> Bits| {
             offsets.sort_unstable();
             offsets.dedup();

@@ -6,6 +6,7 @@
 //! [`Facts`] of one request.
 
 pub mod compile;
+pub mod corrupt;
 pub mod decide;
 pub mod document;
 pub mod errno;
@@ -14,10 +15,12 @@ pub mod kind;
 pub mod op;
 pub mod plan;
 pub mod spec;
+pub mod term;
+pub mod why;
 
 pub use compile::{Problem, compile};
 pub use decide::{Decision, Facts, Firing, Outcome, decide};
-pub use kind::{Fault, Latency, Then};
-pub use op::{Op, OpSet};
+pub use kind::{Fault, Latency, Then, Timing};
+pub use op::{FileType, Op, OpSet};
 pub use plan::{Counters, Plan, Rule, State};
 pub use spec::RuleSpec;

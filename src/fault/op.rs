@@ -81,6 +81,11 @@ impl OpSet {
         OpSet(self.0 & (LOST.0 | OpSet::GROW | OpSet::TRUNCATE) | truncates)
     }
 
+    /// What both name; the conditions of the first.
+    pub const fn within(self, able: OpSet) -> OpSet {
+        OpSet(self.0 & (able.0 | OpSet::GROW | OpSet::TRUNCATE))
+    }
+
     pub const fn has(self, op: Op) -> bool {
         self.0 & (1 << op as u8) != 0
     }
@@ -104,15 +109,61 @@ impl OpSet {
 
     /// The set that a word stands for: an operation, a group or a condition.
     pub fn parse(word: &str) -> Option<OpSet> {
-        if let Some(op) = Op::ALL.iter().find(|op| op.word() == word) {
-            return Some(OpSet::of(&[*op]));
+        if let Some(op) = OpSet::single(word) {
+            return Some(OpSet::of(&[op]));
         }
         GROUPS.iter().find(|(name, _)| *name == word).map(|(_, set)| *set)
+    }
+
+    /// The single operation that a word names, if it is no group or condition.
+    pub fn single(word: &str) -> Option<Op> {
+        Op::ALL.iter().copied().find(|op| op.word() == word)
     }
 
     /// All words that [`OpSet::parse`] knows.
     pub fn words() -> impl Iterator<Item = &'static str> {
         Op::ALL.iter().map(|op| op.word()).chain(GROUPS.iter().map(|(name, _)| *name))
+    }
+}
+
+/// The type of a file, in the words of `match.type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileType {
+    File,
+    Directory,
+    Symlink,
+    Fifo,
+    Socket,
+    BlockDevice,
+    CharDevice,
+}
+
+impl FileType {
+    pub const WORDS: &'static [(&'static str, FileType)] = &[
+        ("file", FileType::File),
+        ("directory", FileType::Directory),
+        ("symlink", FileType::Symlink),
+        ("fifo", FileType::Fifo),
+        ("socket", FileType::Socket),
+        ("block_device", FileType::BlockDevice),
+        ("char_device", FileType::CharDevice),
+    ];
+
+    pub fn parse(word: &str) -> Option<FileType> {
+        Self::WORDS.iter().find(|(name, _)| *name == word).map(|(_, kind)| *kind)
+    }
+
+    /// From the type bits of a `st_mode`.
+    pub fn of_mode(mode: u32) -> FileType {
+        match mode & libc::S_IFMT {
+            libc::S_IFDIR => FileType::Directory,
+            libc::S_IFLNK => FileType::Symlink,
+            libc::S_IFIFO => FileType::Fifo,
+            libc::S_IFSOCK => FileType::Socket,
+            libc::S_IFBLK => FileType::BlockDevice,
+            libc::S_IFCHR => FileType::CharDevice,
+            _ => FileType::File,
+        }
     }
 }
 

@@ -1,14 +1,15 @@
 //! The syntax of a rule: what clients send, as they send it.
 //!
-//! Pure data: any thread, no locks. Fields of the contract that this version does not build yet are declared here as
-//! [`NotYet`], so that they are told apart from misspelt ones; [`super::compile()`] refuses them by name.
+//! Pure data: any thread, no locks. What the words mean is for [`super::compile()`] to say.
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
 
 /// A field that the contract declares and that is not built yet: only its absence, `null` or its neutral value pass.
-pub type NotYet = Option<serde_json::Value>;
+pub type NotYet = Option<Value>;
 
 /// One rule: where (`match`), when (`trigger`), what (`fault`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -19,6 +20,7 @@ pub struct RuleSpec {
     pub name: String,
     #[serde(default = "yes")]
     pub enabled: bool,
+    /// Has a run failed in which it has not fired?
     #[serde(default)]
     pub required: bool,
     #[serde(default)]
@@ -35,37 +37,44 @@ pub struct RuleSpec {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MatchSpec {
-    /// Operations and groups; empty means every operation.
+    /// Operations and groups; empty means every operation that the kind can act on.
     #[serde(default)]
     pub ops: Vec<String>,
     /// Glob over the path below the mountpoint, with a leading slash; `*` stops at a slash, `**` does not.
     #[serde(default)]
     pub path: Option<String>,
+    /// Regular expression that must be found in the path.
     #[serde(default)]
-    pub path_regex: NotYet,
+    pub path_regex: Option<String>,
     /// The process, whichever of its threads calls.
     #[serde(default)]
     pub pid: Option<u32>,
+    /// The process or any that descends from it, as far as its parents live.
     #[serde(default)]
-    pub tree: NotYet,
+    pub tree: Option<u32>,
+    /// Glob over the name of the program or of the thread that calls: at most 15 bytes, as the kernel keeps them.
     #[serde(default)]
-    pub comm: NotYet,
+    pub comm: Option<String>,
     #[serde(default)]
     pub uid: Option<u32>,
     #[serde(default)]
-    pub gid: NotYet,
+    pub gid: Option<u32>,
     /// Half-open byte range, `0..1MiB`; a request matches that touches it.
     #[serde(default)]
     pub offset: Option<String>,
+    /// Half-open range of the request's length in bytes.
     #[serde(default)]
-    pub length: NotYet,
+    pub length: Option<String>,
+    /// Past the page cache (`O_DIRECT`), or not. Only reads, writes and opens are either.
     #[serde(default)]
-    pub direct: NotYet,
+    pub direct: Option<bool>,
+    /// Type of the file: see [`super::op::FileType`].
     #[serde(default)]
-    pub r#type: NotYet,
+    pub r#type: Option<String>,
 }
 
-/// When: of the requests that match, which fire.
+/// When: of the requests that match, which fire. First the conditions on time and on others (`after…`, `up`, `down`),
+/// which let requests pass uncounted; then `skip`, `every`, `probability`, `times`, by the count of what is left.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TriggerSpec {
@@ -80,21 +89,27 @@ pub struct TriggerSpec {
     /// At most so many firings.
     #[serde(default)]
     pub times: Option<u64>,
+    /// What is counted by itself: `mount`, `file`, `process`.
     #[serde(default = "per_mount")]
-    pub per: NotYet,
+    pub per: String,
+    /// Not before so long after arming.
     #[serde(default)]
-    pub after: NotYet,
+    pub after: Option<String>,
+    /// Not before matching requests of so many bytes.
     #[serde(default)]
-    pub after_bytes: NotYet,
+    pub after_bytes: Option<Value>,
+    /// Not before the rule of this name has fired.
     #[serde(default)]
-    pub after_rule: NotYet,
+    pub after_rule: Option<String>,
     /// Life of the rule, from the moment it is armed.
     #[serde(default)]
     pub r#for: Option<String>,
+    /// Of a disk that comes and goes, beginning at the moment of arming: how long it is well.
     #[serde(default)]
-    pub up: NotYet,
+    pub up: Option<String>,
+    /// How long it then fails, before it is well again.
     #[serde(default)]
-    pub down: NotYet,
+    pub down: Option<String>,
     /// Of the generator behind `probability`; the mount's own when absent.
     #[serde(default)]
     pub seed: Option<u64>,
@@ -119,23 +134,54 @@ impl Default for TriggerSpec {
     }
 }
 
-/// What: the kind and its attributes, flat. Which attributes a kind takes is in [`super::kind::KINDS`].
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct FaultSpec {
-    pub kind: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub errno: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub delay: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub jitter: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub distribution: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub then: Option<String>,
-    /// Everything else: attributes that are not built yet, and misspelt ones. The compiler tells them apart.
-    #[serde(flatten)]
-    pub rest: BTreeMap<String, serde_json::Value>,
+/// What: a kind with its attributes (which, is in [`super::kind::KINDS`]), or terms as fail-rs and gofail write them
+/// ([`super::term`]).
+#[derive(Clone, Debug, PartialEq)]
+pub enum FaultSpec {
+    Kind { kind: String, attributes: Map<String, Value> },
+    Terms(String),
+}
+
+impl FaultSpec {
+    pub fn of_kind(kind: &str) -> FaultSpec {
+        FaultSpec::Kind { kind: kind.into(), attributes: Map::new() }
+    }
+
+    /// With one more attribute.
+    pub fn with(mut self, name: &str, value: impl Into<Value>) -> FaultSpec {
+        if let FaultSpec::Kind { attributes, .. } = &mut self {
+            attributes.insert(name.into(), value.into());
+        }
+        self
+    }
+}
+
+impl Serialize for FaultSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            FaultSpec::Terms(text) => serializer.serialize_str(text),
+            FaultSpec::Kind { kind, attributes } => {
+                let kind = std::iter::once(("kind", Value::from(kind.as_str())));
+                let attributes = attributes.iter().map(|(name, value)| (name.as_str(), value.clone()));
+                serializer.collect_map(kind.chain(attributes))
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for FaultSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Value::deserialize(deserializer)? {
+            Value::String(text) => Ok(FaultSpec::Terms(text)),
+            Value::Object(mut attributes) => {
+                let Some(kind) = attributes.shift_remove("kind") else { return Err(D::Error::missing_field("kind")) };
+                let Value::String(kind) = kind else { return Err(D::Error::custom("the kind is not a word")) };
+                attributes.retain(|_, value| !value.is_null());
+                Ok(FaultSpec::Kind { kind, attributes })
+            }
+            _ => Err(D::Error::custom("neither a kind with its attributes nor terms")),
+        }
+    }
 }
 
 fn yes() -> bool {
@@ -150,6 +196,6 @@ fn one() -> u64 {
     1
 }
 
-fn per_mount() -> NotYet {
-    Some("mount".into())
+fn per_mount() -> String {
+    "mount".into()
 }

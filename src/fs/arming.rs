@@ -4,7 +4,6 @@
 //! from the clock (a rule whose life has ended); the lock serialises those and is never taken by a reader. Nothing
 //! here waits: whoever changes the rules then lets go what they held and cleans the kernel's caches.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 use std::time::SystemTime;
@@ -13,9 +12,9 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 use crate::fault::compile::Defaults;
-use crate::fault::plan::Trigger;
+use crate::fault::plan::{AfterRule, Cycle, Place, Term, Trigger};
 use crate::fault::spec::{FaultSpec, MatchSpec, TriggerSpec};
-use crate::fault::{Fault, Op, OpSet, Plan, Problem, Rule, RuleSpec, State, compile};
+use crate::fault::{Counters, Fault, Op, OpSet, Plan, Problem, Rule, RuleSpec, State, compile};
 
 /// The rules of one mount.
 pub struct Arming {
@@ -69,7 +68,7 @@ impl Mode {
     /// What a device in that state makes of a filesystem's requests. Names and attributes live in the page cache of
     /// the device, so only `error_all` touches names.
     fn rule(self) -> Option<(&'static [&'static str], Fault)> {
-        let eio = Fault::Error { errno: libc::EIO };
+        let eio = Fault::error(libc::EIO);
         Some(match self {
             Mode::AllowWrites => return None,
             Mode::DropWrites => {
@@ -85,6 +84,14 @@ impl Mode {
     }
 }
 
+/// How long a mode lasts, and how it comes and goes: each as it was written, and in nanoseconds.
+#[derive(Clone, Debug, Default)]
+pub struct Life {
+    pub lasts: Option<(String, u64)>,
+    pub up: Option<(String, u64)>,
+    pub down: Option<(String, u64)>,
+}
+
 /// What a change left to be done.
 #[derive(Debug, Default)]
 pub struct Changed {
@@ -94,6 +101,17 @@ pub struct Changed {
     pub released: Vec<Arc<Rule>>,
 }
 
+/// Rules about which something changed by itself.
+#[derive(Debug, Default)]
+pub struct Turns {
+    /// Their lives have ended.
+    pub ended: Vec<Arc<Rule>>,
+    /// They fire from now on.
+    pub woken: Vec<Arc<Rule>>,
+    /// They fire no longer, for a while.
+    pub asleep: Vec<Arc<Rule>>,
+}
+
 impl Arming {
     pub fn new(seed: u64) -> Arming {
         Arming {
@@ -101,7 +119,7 @@ impl Arming {
             plan: ArcSwap::from_pointee(Plan::new(0, Vec::new())),
             set: Mutex::default(),
             seed,
-            space: Arc::new(reserved_rule("space", &["grow", "mkdir"], Fault::Full, None, 0)),
+            space: Arc::new(reserved_rule("space", &["grow", "mkdir"], Fault::Full, &Life::default(), 0)),
         }
     }
 
@@ -149,21 +167,24 @@ impl Arming {
     fn compile_all(&self, specs: Vec<RuleSpec>, now_ns: u64) -> Result<Vec<Rule>, Vec<Problem>> {
         let mut rules = Vec::new();
         let mut problems = Vec::new();
-        let mut names = HashSet::new();
+        let mut names: Vec<String> = Vec::new();
         for (i, spec) in specs.into_iter().enumerate() {
-            if !names.insert(spec.name.clone()) {
+            let twice = names.contains(&spec.name);
+            names.push(spec.name.clone());
+            if twice {
                 let detail = format!("rules[{i}].name: {:?} is there twice", spec.name);
                 problems.push(Problem::new(format!("#/rules/{i}/name"), detail));
             }
             match compile(spec, self.defaults(now_ns)) {
                 Ok(rule) => rules.push(rule),
-                Err(found) => problems.extend(found.into_iter().map(|problem| Problem {
-                    pointer: problem.pointer.replacen("#", &format!("#/rules/{i}"), 1),
-                    detail: format!("rules[{i}].{}", problem.detail),
-                    ..problem
-                })),
+                Err(found) => problems.extend(found.into_iter().map(|problem| below(problem, i))),
             }
         }
+        let known: Vec<&str> = rules.iter().map(|rule| &*rule.name).collect();
+        problems.extend(rules.iter().filter_map(|rule| {
+            let i = names.iter().position(|name| **name == *rule.name)?;
+            unknown_rule(rule, &known).map(|problem| below(problem, i))
+        }));
         if problems.is_empty() { Ok(rules) } else { Err(problems) }
     }
 
@@ -174,6 +195,10 @@ impl Arming {
     pub fn put(&self, spec: RuleSpec, now_ns: u64) -> Result<(Arc<Rule>, bool, Changed), Vec<Problem>> {
         let rule = compile(spec, self.defaults(now_ns))?;
         let mut set = self.set.lock();
+        let known: Vec<&str> = set.rules.iter().map(|rule| &*rule.name).collect();
+        if let Some(problem) = unknown_rule(&rule, &known) {
+            return Err(vec![problem]);
+        }
         let place = set.rules.iter().position(|old| old.name == rule.name);
         let rule = Arc::new(succeed(rule, place.map(|i| &*set.rules[i]), now_ns));
         let mut changed = Changed { armed: vec![rule.clone()], ..Changed::default() };
@@ -228,7 +253,7 @@ impl Arming {
     }
 
     /// Sets the mode, for ever or for a time.
-    pub fn set_mode(&self, mode: Mode, life: Option<(String, u64)>, now_ns: u64) -> Changed {
+    pub fn set_mode(&self, mode: Mode, life: &Life, now_ns: u64) -> Changed {
         self.change_mode(&mut self.set.lock(), mode, life, now_ns)
     }
 
@@ -237,12 +262,12 @@ impl Arming {
         let mut set = self.set.lock();
         let current = set.mode_rule.as_ref().is_some_and(|rule| Arc::ptr_eq(rule, ended));
         if current {
-            self.change_mode(&mut set, Mode::AllowWrites, None, now_ns);
+            self.change_mode(&mut set, Mode::AllowWrites, &Life::default(), now_ns);
         }
         current
     }
 
-    fn change_mode(&self, set: &mut Set, mode: Mode, life: Option<(String, u64)>, now_ns: u64) -> Changed {
+    fn change_mode(&self, set: &mut Set, mode: Mode, life: &Life, now_ns: u64) -> Changed {
         let rule = mode.rule().map(|(ops, fault)| Arc::new(reserved_rule("mode", ops, fault, life, now_ns)));
         let old = std::mem::replace(&mut set.mode_rule, rule.clone());
         let changed = Changed { armed: rule.into_iter().collect(), released: old.into_iter().collect() };
@@ -251,23 +276,52 @@ impl Arming {
         changed
     }
 
-    /// The next moment at which some rule's life ends.
-    pub fn next_deadline(&self, now_ns: u64) -> Option<u64> {
+    /// The next moment at which the clock changes something about some rule.
+    pub fn next_turn(&self, now_ns: u64) -> Option<u64> {
         let set = self.set.lock();
-        let deadlines = set.rules.iter().chain(&set.mode_rule).filter_map(|rule| rule.deadline_ns);
-        deadlines.filter(|deadline| *deadline > now_ns).min()
+        set.rules.iter().chain(&set.mode_rule).filter_map(|rule| rule.next_turn_ns(now_ns)).min()
     }
 
-    /// The rules whose life ended between two looks of the clock.
-    pub fn expired(&self, from_ns: u64, to_ns: u64) -> Vec<Arc<Rule>> {
+    /// What came to pass between two looks of the clock.
+    pub fn turns(&self, from_ns: u64, to_ns: u64) -> Turns {
         let set = self.set.lock();
-        let ended = |rule: &&Arc<Rule>| rule.deadline_ns.is_some_and(|at| from_ns < at && at <= to_ns);
-        set.rules.iter().chain(&set.mode_rule).filter(ended).cloned().collect()
+        let mut turns = Turns::default();
+        for rule in set.rules.iter().chain(&set.mode_rule).filter(|rule| rule.spec.enabled) {
+            let ended = |at: u64| rule.deadline_ns.is_some_and(|deadline| deadline <= at);
+            let fires = |at: u64| rule.is_in_time(at) && !ended(at);
+            match (ended(from_ns), ended(to_ns)) {
+                (false, true) => turns.ended.push(rule.clone()),
+                (false, false) if fires(to_ns) && !fires(from_ns) => turns.woken.push(rule.clone()),
+                (false, false) if fires(from_ns) && !fires(to_ns) => turns.asleep.push(rule.clone()),
+                _ => {}
+            }
+            let awaited = |after: &AfterRule| after.has_just_fired();
+            if rule.trigger.after_rule.as_ref().is_some_and(awaited) {
+                turns.woken.push(rule.clone());
+            }
+        }
+        turns
+    }
+
+    /// Does some rule wait for another?
+    pub fn has_waiting(&self) -> bool {
+        self.plan().rules.iter().any(|rule| rule.trigger.after_rule.is_some())
+    }
+
+    /// Tells rules that wait for others where these count.
+    fn link(&self, set: &Set) {
+        for after in set.rules.iter().filter_map(|rule| rule.trigger.after_rule.as_ref()) {
+            let mut all = set.rules.iter().chain(&set.mode_rule).chain([&self.space]);
+            if let Some(awaited) = all.find(|rule| rule.name == after.name) {
+                after.link(awaited.counters.clone());
+            }
+        }
     }
 
     fn swap(&self, set: &mut Set, changed: &Changed) {
         changed.released.iter().for_each(|rule| rule.counters.retire(true));
         changed.armed.iter().for_each(|rule| rule.counters.retire(!rule.spec.enabled));
+        self.link(set);
         set.plans += 1;
         let rules = set.rules.iter().chain(&set.mode_rule).cloned().collect();
         let plan = Plan::new(set.plans, rules);
@@ -275,6 +329,25 @@ impl Arming {
         self.plan.store(Arc::new(plan));
         self.concerned.store(concerned, Release);
     }
+}
+
+/// A problem of the i-th rule of a set.
+fn below(problem: Problem, i: usize) -> Problem {
+    Problem {
+        pointer: problem.pointer.replacen('#', &format!("#/rules/{i}"), 1),
+        detail: format!("rules[{i}].{}", problem.detail),
+        ..problem
+    }
+}
+
+fn unknown_rule(rule: &Rule, known: &[&str]) -> Option<Problem> {
+    let wanted = &*rule.trigger.after_rule.as_ref()?.name;
+    let reserved = crate::fault::compile::RESERVED;
+    if known.contains(&wanted) || reserved.contains(&wanted) {
+        return None;
+    }
+    let problem = Problem::new("#/trigger/after_rule", format!("trigger.after_rule: there is no rule {wanted:?}"));
+    Some(problem.nearest(wanted, known.iter().chain(reserved).copied()))
 }
 
 /// A rule takes over the counters of the one of its name that says the same.
@@ -286,40 +359,46 @@ fn succeed(mut rule: Rule, old: Option<&Rule>, now_ns: u64) -> Rule {
         let switched = old.spec.enabled != rule.spec.enabled;
         if switched && old.state(now_ns) != State::Expired {
             rule.deadline_ns = old.deadline_ns;
+            rule.armed_ns = old.armed_ns;
         }
     }
     rule
 }
 
-fn reserved_rule(name: &str, ops: &[&str], fault: Fault, life: Option<(String, u64)>, now_ns: u64) -> Rule {
+fn reserved_rule(name: &str, ops: &[&str], fault: Fault, life: &Life, now_ns: u64) -> Rule {
     let set = ops.iter().filter_map(|word| OpSet::parse(word)).fold(OpSet::default(), OpSet::with);
-    let errno = match fault {
-        Fault::Error { .. } => Some("EIO".to_string()),
-        Fault::Full => Some("ENOSPC".to_string()),
-        _ => None,
-    };
+    let kind = FaultSpec::of_kind(fault.word());
+    let text = |part: &Option<(String, u64)>| part.as_ref().map(|(text, _)| text.clone());
     let spec = RuleSpec {
         name: name.into(),
         enabled: true,
         required: false,
         r#match: MatchSpec { ops: ops.iter().map(ToString::to_string).collect(), ..MatchSpec::default() },
-        trigger: TriggerSpec { r#for: life.as_ref().map(|(text, _)| text.clone()), ..TriggerSpec::default() },
-        fault: FaultSpec { kind: fault.word().into(), errno, ..FaultSpec::default() },
+        trigger: TriggerSpec {
+            r#for: text(&life.lasts),
+            up: text(&life.up),
+            down: text(&life.down),
+            ..TriggerSpec::default()
+        },
+        fault: match fault {
+            Fault::Error { .. } => kind.with("errno", "EIO"),
+            Fault::Full => kind.with("errno", "ENOSPC"),
+            _ => kind,
+        },
         labels: Default::default(),
     };
+    let cycle = life.up.as_ref().zip(life.down.as_ref());
+    let cycle = cycle.map(|((_, up_ns), (_, down_ns))| Cycle { up_ns: *up_ns, down_ns: *down_ns });
     Rule {
         name: name.into(),
         spec,
-        ops: set,
-        path: None,
-        pid: None,
-        uid: None,
-        offset: None,
-        trigger: Trigger { probability: 1.0, skip: 0, every: 1, times: None, seed: 0 },
-        fault,
+        place: Place { ops: set, ..Place::default() },
+        trigger: Trigger { cycle, ..Trigger::always() },
+        terms: [Term { chance: 1.0, limit: None, ops: set, fault: Some(fault) }].into(),
         labels: None,
-        deadline_ns: life.map(|(_, ns)| now_ns.saturating_add(ns)),
-        counters: Arc::default(),
+        armed_ns: now_ns,
+        deadline_ns: life.lasts.as_ref().map(|(_, ns)| now_ns.saturating_add(*ns)),
+        counters: Arc::new(Counters::new(1)),
         created: SystemTime::now(),
     }
 }

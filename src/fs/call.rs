@@ -341,6 +341,11 @@ pub enum Served {
 }
 
 impl Served {
+    /// Does the kernel keep its pages?
+    pub fn is_cached(&self) -> bool {
+        matches!(self, Served::ByUs(mode) if !mode.contains(FopenFlags::FOPEN_DIRECT_IO))
+    }
+
     pub fn by_kernel(&self) -> bool {
         matches!(self, Served::ByKernel(_))
     }

@@ -1,5 +1,5 @@
-//! The clock: one thread that lets delayed requests go when their time has come, ends the lives of rules, and lets
-//! the callers of parked requests die.
+//! The clock: one thread that lets delayed requests go when their time has come, ends the lives of rules and wakes those
+//! that come later or come and go, and lets the callers of parked requests die.
 //!
 //! FUSE holds a killed caller until its request is answered, and fuser does not pass the kernel's interrupts on; so the
 //! clock looks at the callers of parked requests, at least every 50 ms while there are few, and answers for those with
@@ -11,8 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering::*};
 
 use serde_json::json;
 
+use super::arming::Turns;
+use super::kernel_cache;
 use super::process;
 use super::serve::{Core, Ended};
+use crate::fault::Fault;
 
 const TICK_NS: u64 = 50_000_000;
 /// A look at one caller costs about 8 µs; with very many, most of the time is left to others.
@@ -24,7 +27,7 @@ pub fn run(core: &Arc<Core>, stop: &AtomicBool) {
     let mut next_look_ns = 0;
     while !stop.load(Acquire) {
         let now = core.ring.now_ns();
-        end_lives(core, seen_ns, now);
+        turn(core, seen_ns, now);
         seen_ns = now;
         let due = core.parking.due(now);
         core.resume(due, Ended::Released);
@@ -34,22 +37,42 @@ pub fn run(core: &Arc<Core>, stop: &AtomicBool) {
             next_look_ns = now + TICK_NS.max(SHARE * took);
         }
         let idle = if core.parking.is_empty() { u64::MAX / 2 } else { next_look_ns };
-        let latest = core.arming.next_deadline(now).unwrap_or(u64::MAX / 2).min(idle).min(now + 3600 * 1_000_000_000);
+        let latest = core.arming.next_turn(now).unwrap_or(u64::MAX / 2).min(idle).min(now + 3600 * 1_000_000_000);
         core.parking.sleep(core.ring.now_ns(), latest);
     }
 }
 
-/// Rules whose life has ended: what they hold goes on, and the stream says so.
-fn end_lives(core: &Arc<Core>, from_ns: u64, to_ns: u64) {
-    for rule in core.arming.expired(from_ns, to_ns) {
+/// Rules whose life has ended, or that wake or fall asleep by themselves: what they hold goes on, what could hide them is
+/// forgotten by the kernel, and the stream says so.
+fn turn(core: &Arc<Core>, from_ns: u64, to_ns: u64) {
+    let Turns { ended, woken, asleep } = core.arming.turns(from_ns, to_ns);
+    for rule in &ended {
         if &*rule.name != "mode" {
             core.ring.change("rule", json!({"rule": &*rule.name, "action": "expired"}));
-        } else if core.arming.end_mode(&rule, to_ns) {
+        } else if core.arming.end_mode(rule, to_ns) {
             core.capacity.set_full(false);
             core.ring.change("mode", json!({"mode": "allow_writes", "action": "expired"}));
         }
+    }
+    for (rules, action) in [(&woken, "down"), (&asleep, "up")] {
+        for rule in rules {
+            if rule.faults().any(|fault| *fault == Fault::Full) {
+                core.capacity.set_full(action == "down");
+            }
+            let event = if &*rule.name == "mode" { "mode" } else { "rule" };
+            core.ring.change(event, json!({"rule": &*rule.name, "action": action}));
+        }
+    }
+    for rule in ended.iter().chain(&asleep) {
         let held = core.parking.take(usize::MAX, |parked| parked.is_held_by(&rule.name));
         core.resume(held, Ended::Removed);
+    }
+    let traces = ended.into_iter().filter(|rule| kernel_cache::leaves_traces(rule));
+    let rules: Vec<_> = woken.into_iter().chain(traces).collect();
+    if kernel_cache::can_hide(&rules) {
+        // It waits for requests under way, and the clock must not.
+        let cleaner = core.clone();
+        core.workers.run(move || drop(kernel_cache::clean(&cleaner, rules, || ())));
     }
 }
 

@@ -1,13 +1,15 @@
-//! Taking back what was dropped.
+//! Taking back what was dropped, and mending what was damaged.
 //!
 //! Run by helpers of the control thread and at the end of the mount, never by a reader: the kernel may write back
 //! mapped pages first, which is a request that a reader has to serve. The lock of a file's undo log is held while its
 //! old bytes are written.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::*;
@@ -18,21 +20,67 @@ use nix::fcntl::FallocateFlags;
 use super::inode::Inode;
 use super::serve::Core;
 use super::tree::stat;
-use crate::durability::{Evicted, Undo, undo};
+use crate::durability::{Evicted, Original, Undo, undo};
 
 impl Core {
-    /// Takes dropped writes back, of all files or of those that a glob matches: path and result of each.
+    /// Makes readers see what the disk has: takes dropped writes back, and has the kernel forget its pages. Of all files, or
+    /// of those that a glob matches; gives path and result of each that had something to take back.
     pub fn evict_all(&self, glob: Option<&GlobMatcher>) -> Vec<(String, io::Result<Evicted>)> {
-        use std::os::unix::ffi::OsStrExt;
+        let mut evicted = Vec::new();
+        for (path, inode) in self.meant(glob) {
+            match inode.undoable.load(Acquire) {
+                true => evicted.push((path, self.evict(&inode))),
+                false => self.forget_pages(inode.id),
+            }
+        }
+        evicted
+    }
+
+    /// Gives files back what they should have where they were damaged: path and result of each.
+    pub fn repair_all(&self, glob: Option<&GlobMatcher>) -> Vec<(String, io::Result<Vec<Original>>)> {
+        let damaged = self.meant(glob).into_iter().filter(|(_, inode)| inode.undoable.load(Acquire));
+        let repaired = damaged.map(|(path, inode)| (path, self.repair(&inode)));
+        repaired.filter(|(_, result)| result.as_ref().map_or(true, |places| !places.is_empty())).collect()
+    }
+
+    /// The damaged places of files, as far as nobody has written them anew.
+    pub fn damaged(&self, glob: Option<&GlobMatcher>) -> Vec<(String, Vec<Original>)> {
+        let files = self.meant(glob).into_iter().filter(|(_, inode)| inode.undoable.load(Acquire));
+        let places = |inode: &Inode| inode.undo.lock().originals.iter().cloned().collect::<Vec<_>>();
+        files.map(|(path, inode)| (path, places(&inode))).filter(|(_, places)| !places.is_empty()).collect()
+    }
+
+    /// Known regular files under a path that is meant. Those that a parked request holds come last, so that they keep no
+    /// other waiting.
+    fn meant(&self, glob: Option<&GlobMatcher>) -> Vec<(String, Arc<Inode>)> {
         let version = self.tree.version();
         let mut files = self.tree.all();
-        files.retain(|inode| inode.undoable.load(Acquire));
-        // Files that a parked request holds come last, so that they keep no other waiting.
+        files.retain(|inode| inode.is_regular());
         files.sort_by_cached_key(|inode| self.is_parked(inode.id));
         let named = files.into_iter().map(|inode| (inode.path(version), inode));
-        let is_meant = |path: &[u8]| glob.is_none_or(|glob| glob.is_match(std::ffi::OsStr::from_bytes(path)));
+        let is_meant = |path: &[u8]| glob.is_none_or(|glob| glob.is_match(OsStr::from_bytes(path)));
         let meant = named.filter(|(path, _)| is_meant(path));
-        meant.map(|(path, inode)| (String::from_utf8_lossy(&path).into_owned(), self.evict(&inode))).collect()
+        meant.map(|(path, inode)| (String::from_utf8_lossy(&path).into_owned(), inode)).collect()
+    }
+
+    fn repair(&self, inode: &Arc<Inode>) -> io::Result<Vec<Original>> {
+        // What the kernel still has to write back would come after us.
+        self.forget_pages(inode.id);
+        let file = match inode.open(libc::O_RDWR) {
+            Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {
+                self.abandon(inode);
+                return Ok(Vec::new());
+            }
+            other => File::from(other?),
+        };
+        let mut log = inode.undo.lock();
+        let repaired = log.repair(&mut Backing { write: file.as_fd(), read: &file })?;
+        inode.undoable.store(!log.is_empty(), Release);
+        drop(log);
+        inode.changed.store(true, Release);
+        self.forget_pages(inode.id);
+        self.tree.settle(inode.id);
+        Ok(repaired)
     }
 
     /// Takes back what was dropped on one file: writes the old bytes, and makes the kernel forget the new ones.

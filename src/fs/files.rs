@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::RwLock;
 use slab::Slab;
 
+use super::call::Served;
 use super::inode::Inode;
 use crate::fault::Op;
 
@@ -35,8 +36,9 @@ pub struct OpenFile {
 
 impl OpenFile {
     /// A file that was opened with these flags of the caller's.
-    pub fn new(inode: Arc<Inode>, file: File, flags: i32, by_kernel: bool) -> OpenFile {
-        let cached = flags & libc::O_DIRECT == 0 && !by_kernel && !inode.is_dir();
+    pub fn new(inode: Arc<Inode>, file: File, flags: i32, served: &Served) -> OpenFile {
+        let by_kernel = served.by_kernel();
+        let cached = served.is_cached() && !inode.is_dir();
         OpenFile { inode, file, flags, twin: OnceLock::new(), cached, by_kernel, sync: Sync::of(flags) }
     }
 

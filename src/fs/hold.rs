@@ -145,7 +145,10 @@ impl Holds {
                 op: piece.op,
                 ino: piece.ino,
                 tid: piece.tid,
-                range: piece.range.clone(),
+                // Of a medium that is bad in one place, only the page of that place is owed: the others can be read.
+                range: firing
+                    .place
+                    .map_or(piece.range.clone(), |place| place / PAGE * PAGE..place / PAGE * PAGE + PAGE),
                 errno,
                 firing: firing.clone(),
                 since: Instant::now(),

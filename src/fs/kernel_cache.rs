@@ -15,7 +15,7 @@ use fuser::INodeNo;
 
 use super::inode::Inode;
 use super::serve::Core;
-use crate::fault::{Op, Rule};
+use crate::fault::{Fault, Op, Rule};
 
 /// How long requests that began before a change may take to be through.
 const UNDER_WAY: Duration = Duration::from_secs(1);
@@ -44,16 +44,22 @@ pub fn can_hide(rules: &[Arc<Rule>]) -> bool {
     rules.iter().any(|rule| wants_pages(rule) || wants_attributes(rule) || wants_names(rule))
 }
 
+/// Of rules that are out of force: does the kernel keep wrong things that it was told because of them?
+pub fn leaves_traces(rule: &Rule) -> bool {
+    let wrong = |fault: &Fault| matches!(fault, Fault::Corrupt(_) | Fault::Misdirect(_) | Fault::Attr(_));
+    rule.faults().any(wrong) && (wants_pages(rule) || wants_attributes(rule) || wants_names(rule))
+}
+
 fn wants_pages(rule: &Rule) -> bool {
-    rule.ops.has(Op::Read)
+    rule.place.ops.has(Op::Read)
 }
 
 fn wants_attributes(rule: &Rule) -> bool {
-    rule.ops.has(Op::Getattr)
+    rule.place.ops.has(Op::Getattr)
 }
 
 fn wants_names(rule: &Rule) -> bool {
-    rule.ops.has(Op::Lookup)
+    rule.place.ops.has(Op::Lookup)
 }
 
 /// Starts a helper that waits for the requests under way, goes through all known files that the rules are about, and

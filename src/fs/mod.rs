@@ -11,6 +11,7 @@ mod buffer;
 pub mod call;
 pub mod clock;
 mod evict;
+mod facts;
 pub mod files;
 pub mod hold;
 pub mod inode;

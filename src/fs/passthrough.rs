@@ -84,20 +84,21 @@ impl State {
 
 /// Does the rule concern what the kernel does by itself for such a file?
 fn is_blind_to(rule: &Rule) -> bool {
-    rule.spec.enabled && [Op::Read, Op::Write].iter().any(|op| rule.ops.may_concern(*op))
+    rule.spec.enabled && [Op::Read, Op::Write].iter().any(|op| rule.place.ops.may_concern(*op))
 }
 
 impl Core {
     /// Decides who serves a handle that is about to be opened.
     pub(super) fn serve_handle(&self, inode: &Arc<Inode>, file: &File, flags: i32, reply: &Reply) -> Served {
-        let Some(globs) = &self.passthrough else { return Served::ByUs(open_mode(flags)) };
+        let by_us = || Served::ByUs(open_mode(flags, self.shortens_reads(inode)));
+        let Some(globs) = &self.passthrough else { return by_us() };
         let wanted = || {
             let wanted = self.wants_passthrough(globs, inode);
             wanted.then(|| reply.open_backing(file).inspect_err(tell_refused).ok()).flatten()
         };
         match inode.handles.open(wanted) {
             Some(id) => Served::ByKernel(id),
-            None => Served::ByUs(open_mode(flags)),
+            None => by_us(),
         }
     }
 
@@ -130,7 +131,8 @@ impl Core {
     }
 }
 
-fn is_about(rule: &Rule, inode: &Arc<Inode>) -> bool {
+/// Is the rule about a file, under any of its names?
+pub fn is_about(rule: &Rule, inode: &Arc<Inode>) -> bool {
     let paths: Vec<Vec<u8>> = inode.paths().collect();
     rule.path_matches(paths.iter().map(Vec::as_slice))
 }

@@ -54,6 +54,34 @@ fn read(tid: u32) -> Option<Process> {
     Some(Process { pid, comm: Comm::new(field("Name:")?) })
 }
 
+/// The name of a process: that of its first thread.
+pub fn name(pid: u32) -> Option<String> {
+    let comm = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    Some(comm.trim_end_matches('\n').to_string())
+}
+
+/// Is a process this one, or one of its descendants, as far as the parents between them live?
+pub fn descends_from(pid: u32, root: u32) -> bool {
+    /// No chain of parents is longer.
+    const DEEPEST: usize = 1024;
+    let mut at = pid;
+    for _ in 0..DEEPEST {
+        if at == root {
+            return true;
+        }
+        match parent(at) {
+            Some(parent) if parent > 0 => at = parent,
+            _ => return false,
+        }
+    }
+    false
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
 /// When the thread was started, in the kernel's ticks: with its number, this names it for good.
 pub fn start_time(tid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;

@@ -5,9 +5,11 @@
 //! middle of something is done by a worker. No lock is held across a system call here, and a normal write allocates
 //! nothing unless a rule fires.
 
-use std::cell::{Cell, OnceCell};
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering::*};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -17,6 +19,7 @@ use smallvec::SmallVec;
 
 use super::arming::Arming;
 use super::call::{Answer, Call, Caller, Keep, Reply};
+use super::facts::Request;
 use super::files::Files;
 use super::hold::{Holds, Piece};
 use super::inode::Inode;
@@ -27,7 +30,8 @@ use super::readers::Readers;
 use super::tree::Tree;
 use super::workers::Workers;
 use crate::event::{Injection, Ring};
-use crate::fault::{Decision, Facts, Fault, Firing, Op, Outcome, Plan, Rule, Then, decide};
+use crate::fault::kind::Target;
+use crate::fault::{Decision, Fault, Firing, Op, Outcome, Rule, Then, decide};
 use crate::space::Capacity;
 
 /// How long the kernel may believe what we said of names and attributes: changes made below us are seen after that.
@@ -46,6 +50,8 @@ pub struct Core {
     pub readers: Readers,
     /// Says to the kernel what it must no longer believe. Set once the session runs; never used by a reader.
     pub notifier: OnceLock<fuser::Notifier>,
+    /// Where it is mounted. Set with the notifier.
+    pub mountpoint: OnceLock<PathBuf>,
     /// Files that the kernel may serve by itself; none where that was not asked for.
     pub passthrough: Option<GlobSet>,
     /// The unit of allocation of the backing filesystem, in bytes.
@@ -77,6 +83,7 @@ impl Core {
             workers: Workers::default(),
             readers: Readers::default(),
             notifier: OnceLock::new(),
+            mountpoint: OnceLock::new(),
             passthrough: None,
             block: (statvfs.fragment_size()).clamp(512, 1 << 20),
             remembers_preallocation: fiemap.is_err(),
@@ -103,14 +110,23 @@ impl Core {
         }
         let decision = decide(&self.arming.plan(), &Request::new(self, &caller, &call));
         if decision.is_nothing() {
+            if let Call::CopyFileRange { .. } = call
+                && self.arming.plan().plain_io
+            {
+                // The kernel makes reads and writes of it, and rules see those.
+                return reply.error(libc::EOPNOTSUPP);
+            }
             self.note_passed(&caller, &call);
             return self.proceed(caller, call, reply, None);
         }
         self.enact(caller, call, reply, decision);
     }
 
-    /// Does what was decided: waits first, then the outcome.
+    /// Does what was decided: signals and waits first, then the outcome.
     fn enact(self: &Arc<Self>, caller: Caller, call: Call<'_>, reply: Reply, mut decision: Decision) {
+        for firing in decision.kills.drain(..) {
+            self.kill(&caller, &call, &firing);
+        }
         for firing in &decision.delays {
             self.inject(&caller, &call, firing, Told { delay_ns: firing.delay_ns, ..Told::default() });
         }
@@ -121,28 +137,59 @@ impl Core {
             return self.park(caller, call, reply, decision, Wait { stalled: false, rules, until: Some(until) });
         }
         decision.delays.clear();
-        if let Some((_, firing)) = &decision.stall {
+        if let Some(firing) = &decision.stall
+            && let Fault::Stall { limit_ns, .. } = firing.fault()
+        {
             self.inject(&caller, &call, firing, Told::default());
-            let until = firing.rule.deadline_ns;
+            let until = limit_ns.map(|limit| self.ring.now_ns().saturating_add(limit));
             let rules = [firing.rule.clone()].into_iter().collect();
             return self.park(caller, call, reply, decision, Wait { stalled: true, rules, until });
         }
         match decision.outcome {
             Outcome::Proceed => self.proceed(caller, call, reply, None),
-            Outcome::Drop(firing) => self.proceed(caller, call, reply, Some(firing)),
-            Outcome::Error(errno, firing) => self.fail(&caller, call, reply, errno, &firing, false),
+            Outcome::Alter(firing) => self.proceed(caller, call, reply, Some(firing)),
+            Outcome::Error(errno, firing) => {
+                self.fail(&caller, call, reply, &firing, Told { errno: Some(errno), ..Told::default() });
+            }
         }
     }
 
+    /// Sends the signal of a firing. Nobody is there to get it when the kernel writes back, and we do not kill ourselves.
+    fn kill(self: &Arc<Self>, caller: &Caller, call: &Call<'_>, firing: &Firing) {
+        let Fault::Kill { signal, target } = *firing.fault() else { return };
+        let pid = process::of_thread(caller.tid).pid;
+        match target {
+            Target::Caller if pid == 0 || pid == std::process::id() => firing.revoke(),
+            Target::Caller => {
+                self.inject(caller, call, firing, Told::default());
+                send_signal(pid, signal);
+            }
+            Target::Mount => {
+                self.inject(caller, call, firing, Told::default());
+                let core = self.clone();
+                // A look at all processes takes its time.
+                self.workers.run(move || core.users().into_iter().for_each(|pid| send_signal(pid, signal)));
+            }
+        }
+        self.ring.wake();
+    }
+
+    /// The processes that have something open on the mount.
+    fn users(&self) -> Vec<u32> {
+        let Some(place) = self.mountpoint.get() else { return Vec::new() };
+        super::mount::holders(place, false).into_iter().map(|holder| holder.pid).collect()
+    }
+
     /// Tells an error that a rule decided, and sees to it that the program meets it exactly once.
-    fn fail(&self, caller: &Caller, call: Call<'_>, reply: Reply, errno: i32, firing: &Firing, repeat: bool) {
+    fn fail(&self, caller: &Caller, call: Call<'_>, reply: Reply, firing: &Firing, told: Told) {
+        let errno = told.errno.unwrap_or(libc::EIO);
         if let Some(piece) = self.piece(caller, &call) {
             self.holds.told(&piece, errno, firing);
         }
-        self.inject(caller, &call, firing, Told { errno: Some(errno), repeat, ..Told::default() });
+        self.inject(caller, &call, firing, told);
         if let Call::Release { .. } | Call::Releasedir { .. } = call {
             // The kernel ignores the error, and the handle is gone either way.
-            let _ = self.perform(caller, &call, None, &mut Reply::None);
+            let _ = self.perform(caller, &call, &mut Reply::None);
         }
         reply.error(errno);
         self.ring.wake();
@@ -181,12 +228,13 @@ impl Core {
             return;
         }
         if parked.stalled
-            && let Some((then, firing)) = decision.stall.take()
+            && let Some(firing) = decision.stall.take()
             && how == Ended::Released
-            && let Then::Error(errno) = then
+            && let Fault::Stall { then: Then::Error(errno), .. } = *firing.fault()
         {
             // The injection was told when the stall began; this is its end.
-            return self.fail(&caller, call, reply, errno, &firing, true);
+            let told = Told { errno: Some(errno), repeat: true, ..Told::default() };
+            return self.fail(&caller, call, reply, &firing, told);
         }
         self.enact(caller, call, reply, decision);
     }
@@ -201,32 +249,57 @@ impl Core {
     }
 
     /// Past all rules: does it here, unless this is the last free reader.
-    fn proceed(self: &Arc<Self>, caller: Caller, call: Call<'_>, reply: Reply, dropped: Option<Firing>) {
+    fn proceed(self: &Arc<Self>, caller: Caller, call: Call<'_>, reply: Reply, altered: Option<Firing>) {
         if self.readers.is_last_free() {
-            return self.hand_over(caller, call.into_owned(), reply, dropped);
+            return self.hand_over(caller, call.into_owned(), reply, altered);
         }
-        self.finish(&caller, &call, reply, dropped.as_ref());
+        self.finish(&caller, call, reply, altered.as_ref());
     }
 
     /// The other readers may be waiting for a disk, for as long as it likes: this one goes on reading.
     #[cold]
-    fn hand_over(self: &Arc<Self>, caller: Caller, call: Call<'static>, reply: Reply, dropped: Option<Firing>) {
+    fn hand_over(self: &Arc<Self>, caller: Caller, call: Call<'static>, reply: Reply, altered: Option<Firing>) {
         let (core, under_way) = (self.clone(), call.tells().then(|| self.readers.hand_over()));
         self.workers.run(move || {
-            core.finish(&caller, &call, reply, dropped.as_ref());
+            core.finish(&caller, call, reply, altered.as_ref());
             drop(under_way);
         });
     }
 
-    fn finish(&self, caller: &Caller, call: &Call<'_>, mut reply: Reply, dropped: Option<&Firing>) {
-        let performed = self.perform(caller, call, dropped, &mut reply);
-        if let (Ok(_), Some(firing)) = (&performed, dropped) {
-            self.inject(caller, call, firing, Told::default());
+    fn finish(&self, caller: &Caller, call: Call<'_>, mut reply: Reply, altered: Option<&Firing>) {
+        if let Some(firing) = altered {
+            return self.finish_altered(caller, call, reply, firing);
         }
+        let performed = self.perform(caller, &call, &mut reply);
         self.readers.about_to_answer();
         match performed {
             Ok(answer) => reply.answer(answer),
             Err(errno) => reply.error(errno),
+        }
+        self.ring.wake();
+    }
+
+    /// Does it as a firing wants it. What could not be done otherwise than asked for is no injection.
+    #[cold]
+    fn finish_altered(&self, caller: &Caller, call: Call<'_>, mut reply: Reply, firing: &Firing) {
+        let performed = self.perform_altered(caller, &call, firing, &mut reply);
+        self.readers.about_to_answer();
+        match performed {
+            Ok((answer, Some(told))) if told.errno.is_some() => {
+                self.take_back(answer);
+                return self.fail(caller, call, reply, firing, told);
+            }
+            Ok((answer, told)) => {
+                match told {
+                    Some(told) => self.inject(caller, &call, firing, told),
+                    None => firing.revoke(),
+                }
+                reply.answer(answer);
+            }
+            Err(errno) => {
+                firing.revoke();
+                reply.error(errno);
+            }
         }
         self.ring.wake();
     }
@@ -260,10 +333,15 @@ impl Core {
     /// Puts an injection on the stream. The listener is woken after the reply.
     pub fn inject(&self, caller: &Caller, call: &Call<'_>, firing: &Firing, told: Told) {
         let rule = &firing.rule;
+        if firing.nth == 1 && self.arming.has_waiting() {
+            self.parking.wake_clock();
+        }
         self.ring.inject(Injection {
             rule: rule.name.clone(),
-            kind: rule.fault.word(),
+            kind: firing.fault().word(),
             errno: told.errno,
+            done: told.done,
+            changed: told.changed,
             delay_ns: told.delay_ns,
             nth: firing.nth,
             repeat: told.repeat,
@@ -275,7 +353,9 @@ impl Core {
     /// A refusal by the capacity: an injection of the reserved rule `space`, or of the mode that made it.
     pub fn inject_space(&self, caller: &Caller, call: &Call<'_>, done: Option<u64>, errno: Option<i32>) {
         let (mode, space) = (self.arming.mode().1, &self.arming.space);
-        let by_mode = mode.as_ref().filter(|rule| rule.fault == Fault::Full && self.capacity.is_full_by_mode());
+        let by_mode = mode
+            .as_ref()
+            .filter(|rule| rule.faults().any(|fault| *fault == Fault::Full) && self.capacity.is_full_by_mode());
         let counters = &by_mode.unwrap_or(space).counters;
         counters.matches.fetch_add(1, Relaxed);
         let nth = counters.injections.fetch_add(1, Relaxed) + 1;
@@ -319,10 +399,14 @@ impl Core {
     }
 }
 
-/// What the program was told of an injection.
-#[derive(Clone, Copy, Debug, Default)]
+/// What is told of an injection: to the program, and on the stream.
+#[derive(Clone, Debug, Default)]
 pub struct Told {
     pub errno: Option<i32>,
+    /// Bytes that were done, of a request cut short.
+    pub done: Option<u64>,
+    /// Bytes of the file that are other than was asked for.
+    pub changed: Option<Arc<Vec<Range<u64>>>>,
     pub delay_ns: u64,
     pub repeat: bool,
 }
@@ -344,6 +428,13 @@ pub enum Ended {
     CallerDied,
 }
 
+/// A process that is gone needs no signal.
+fn send_signal(pid: u32, signal: i32) {
+    if let Ok(signal) = nix::sys::signal::Signal::try_from(signal) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal);
+    }
+}
+
 /// A number for each thread that serves requests.
 fn worker_number() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -356,96 +447,4 @@ fn worker_number() -> u32 {
         }
         ours.get()
     })
-}
-
-/// The facts of one request, found out when a rule asks.
-struct Request<'a> {
-    core: &'a Core,
-    caller: &'a Caller,
-    call: &'a Call<'a>,
-    inode: OnceCell<Option<Arc<Inode>>>,
-    names: OnceCell<SmallVec<[Vec<u8>; 2]>>,
-}
-
-impl<'a> Request<'a> {
-    fn new(core: &'a Core, caller: &'a Caller, call: &'a Call<'a>) -> Request<'a> {
-        Request { core, caller, call, inode: OnceCell::new(), names: OnceCell::new() }
-    }
-
-    fn inode(&self) -> Option<&Arc<Inode>> {
-        let find = || {
-            let by_handle = self.call.fh().and_then(|fh| self.core.files.inode(fh, self.call.op()));
-            by_handle.or_else(|| self.core.tree.get(self.call.ino()).ok())
-        };
-        self.inode.get_or_init(find).as_ref()
-    }
-
-    fn on_names(&self) -> bool {
-        self.call.names().next().is_some()
-    }
-
-    /// Paths by name, where the operation works on names; link's own file comes with its paths too.
-    fn name_paths(&self) -> &[Vec<u8>] {
-        self.names.get_or_init(|| self.find_name_paths().collect())
-    }
-
-    fn find_name_paths(&self) -> impl Iterator<Item = Vec<u8>> {
-        let named =
-            self.call.names().filter_map(|(parent, name)| Some(self.core.tree.get(parent).ok()?.child_path(name)));
-        let linked = matches!(self.call, Call::Link { .. }).then(|| self.inode()).flatten();
-        named.chain(linked.map(|inode| inode.path(self.core.tree.version()).to_vec()))
-    }
-
-    /// The path for the event.
-    fn path(&self) -> Option<Arc<[u8]>> {
-        match self.name_paths().first() {
-            Some(path) => Some(path.as_slice().into()),
-            None => self.inode().map(|inode| inode.path(self.core.tree.version())),
-        }
-    }
-}
-
-impl Facts for Request<'_> {
-    fn op(&self) -> Op {
-        self.call.op()
-    }
-
-    fn uid(&self) -> u32 {
-        self.caller.uid
-    }
-
-    fn pid(&self) -> u32 {
-        process::of_thread(self.caller.tid).pid
-    }
-
-    fn range(&self) -> Option<(u64, u64)> {
-        match self.call {
-            Call::Setattr { changes, .. } => changes.size.map(|size| (size, 1)),
-            call => call.range(),
-        }
-    }
-
-    fn truncates(&self) -> bool {
-        matches!(self.call, Call::Setattr { changes, .. } if changes.size.is_some())
-    }
-
-    fn grows(&self) -> bool {
-        self.core.grows(self.call)
-    }
-
-    fn path_bits(&self, plan: &Plan) -> Option<Arc<[u64]>> {
-        if self.on_names() {
-            let paths = || self.name_paths().iter().map(Vec::as_slice);
-            return plan.is_large().then(|| plan.path_bits(paths()).into());
-        }
-        self.inode().map(|inode| inode.path_bits(plan, self.core.tree.version()))
-    }
-
-    fn path_matches(&self, rule: &Rule) -> bool {
-        rule.path.is_none() || rule.path_matches(self.name_paths().iter().map(Vec::as_slice))
-    }
-
-    fn now_ns(&self) -> u64 {
-        self.core.ring.now_ns()
-    }
 }

@@ -57,13 +57,8 @@ fn what_is_wrong_is_named_with_its_place_and_the_nearest_word() {
 fn what_is_declared_and_not_built_is_told_from_what_is_wrong() {
     let mounted = Mounted::new();
     let cases = [
-        with("/match/comm", json!("postgres")),
-        with("/match/tree", json!(7)),
-        with("/trigger", json!({"per": "file"})),
-        with("/trigger", json!({"after": "1s"})),
-        with("/fault/timing", json!("after")),
-        with("/required", json!(true)),
-        json!({"fault": {"kind": "torn", "keep": "1"}}),
+        json!({"fault": {"kind": "power_cut"}}),
+        json!({"fault": {"kind": "torn", "keep": "1", "then": "power_cut"}}),
     ];
     for rule in cases {
         let answer = mounted.http("PUT", "/v1/rules/r", Some(&rule));
@@ -76,7 +71,6 @@ fn what_is_declared_and_not_built_is_told_from_what_is_wrong() {
     neutral["fault"]["timing"] = json!("before");
     mounted.rule("r", neutral);
     for (route, body) in [
-        ("/v1/mode", json!({"mode": "enospc", "up": "1s", "down": "1s"})),
         ("/v1/space", json!({"quota": {"limit": "1GiB"}})),
         ("/v1/space", json!({"virtual": {"free": "0", "inodes": 5}})),
     ] {

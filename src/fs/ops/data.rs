@@ -19,7 +19,7 @@ use parking_lot::MutexGuard;
 
 use super::attributes::attr_of;
 use super::names::Creation;
-use crate::durability::Undo;
+use crate::durability::{Mark, Ranges, Undo, undo};
 use crate::fs::buffer::{self, Buffer};
 use crate::fs::call::{Answer, Call, Caller, Entry, Reply, Served};
 use crate::fs::evict::Backing;
@@ -31,12 +31,31 @@ use crate::fs::tree::stat;
 use crate::space::{self, Reservation};
 use crate::sys::xattr;
 
-/// How the kernel is to treat an open file: `O_DIRECT` goes past its cache, so that one request is one result.
-pub(in crate::fs) fn open_mode(flags: i32) -> FopenFlags {
-    match flags & libc::O_DIRECT != 0 {
+/// How the kernel is to treat an open file: `O_DIRECT` goes past its cache, so that one request is one result; so does what
+/// a rule wants to see call by call.
+pub(in crate::fs) fn open_mode(flags: i32, uncached: bool) -> FopenFlags {
+    match uncached || flags & libc::O_DIRECT != 0 {
         true => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
         false => FopenFlags::empty(),
     }
+}
+
+/// How a write is done.
+#[derive(Clone, Debug, Default)]
+pub(super) enum Manner {
+    /// As it was asked for.
+    #[default]
+    Kept,
+    /// All of it can be taken back.
+    Lost,
+    /// These parts of it, by their places in the file, can be taken back.
+    Torn(Vec<Range<u64>>),
+    /// Only these parts of it are written at all.
+    Parts(Vec<Range<u64>>),
+    /// What is written is damaged: of these parts the original is kept, if there is room for it.
+    Damaged { written: Vec<u8>, parts: Vec<Range<u64>>, mark: Mark },
+    /// It goes to another place, as far as the file has it; what belongs to either is kept.
+    Astray { place: u64, mark: Mark },
 }
 
 impl Core {
@@ -44,7 +63,7 @@ impl Core {
         let inode = self.tree.get(ino)?;
         let file = open_backing(&inode, flags)?;
         let mut served = self.serve_handle(&inode, &file, flags, reply);
-        let file = OpenFile::new(inode, file, flags, served.by_kernel());
+        let file = OpenFile::new(inode, file, flags, &served);
         // What the kernel has of the file is kept if nobody but us has changed it. To make the kernel drop it would
         // also make this open wait for every parked read.
         if let (true, Served::ByUs(mode)) = (file.cached, &mut served) {
@@ -90,7 +109,7 @@ impl Core {
         let entry = Entry { attr: attr_of(&inode, &stat), keep: self.keep(&inode) };
         inode.stamp(&stat);
         let served = self.serve_handle(&inode, &file, flags, reply);
-        let file = OpenFile::new(inode, file, flags, served.by_kernel());
+        let file = OpenFile::new(inode, file, flags, &served);
         Ok(Answer::Created(entry, self.files.open(file), served))
     }
 
@@ -131,20 +150,21 @@ impl Core {
         Ok(Answer::Data(data))
     }
 
-    pub(super) fn write(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
+    pub(super) fn write(&self, caller: &Caller, call: &Call<'_>, manner: &Manner) -> io::Result<Answer> {
         let Call::Write { fh, offset, data, flags, origin, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
         // For a mapping there is no caller whose flags count.
         let (to, direct) = file.for_io(if origin.writeback { *flags & !libc::O_DIRECT } else { *flags })?;
-        let put = |data: &[u8]| match origin.kill_suidgid {
-            true => without_fsetid(caller, &file.inode, || write_at(to, data, *offset, direct)),
-            false => write_at(to, data, *offset, direct),
+        let put = |data: &[u8], offset: u64| match origin.kill_suidgid {
+            true => without_fsetid(caller, &file.inode, || write_at(to, data, offset, direct)),
+            false => write_at(to, data, offset, direct),
         };
         file.inode.about_to_change(to);
         // Kept, as a store into a mapping keeps it; a write by us would take it away.
         let capability = origin.writeback.then(|| capability(&file.file)).flatten();
-        let written = match drop || self.capacity.limits() || file.inode.undoable.load(Acquire) {
-            false => put(data)?,
+        let plain = matches!(manner, Manner::Kept);
+        let written = match !plain || self.capacity.limits() || file.inode.undoable.load(Acquire) {
+            false => put(data, *offset)?,
             true => {
                 // The kernel can tell a caller that only part was written, unless nobody waits for it or it goes past
                 // the cache on a handle that has one.
@@ -152,13 +172,7 @@ impl Core {
                 let range = *offset..offset.saturating_add(data.len() as u64);
                 self.change(&file.inode, file.file.as_fd(), |change| {
                     let length = change.reserve(self, caller, call, range.clone(), can_be_short)?;
-                    let range = range.start..range.start + length;
-                    if drop {
-                        change.lose(range.clone())?;
-                    }
-                    let written = put(&data[..length as usize])?;
-                    change.wrote(drop, range.start..range.start + written as u64);
-                    Ok(written)
+                    change.put(manner, &data[..length as usize], *offset, put)
                 })?
             }
         };
@@ -172,7 +186,7 @@ impl Core {
             xattr::set(&file.file, CAPABILITY, &value, 0)?;
         }
         // Through the page cache, the kernel sends an fsync of its own.
-        if !drop && !file.cached {
+        if !matches!(manner, Manner::Lost) && !file.cached {
             Sync::of(*flags).keep(&file.file)?;
         }
         Ok(Answer::Written(written as u32))
@@ -355,6 +369,99 @@ impl Change<'_> {
         Err(io::Error::from_raw_os_error(libc::ENOSPC))
     }
 
+    /// Writes in a manner.
+    fn put(
+        &mut self,
+        manner: &Manner,
+        data: &[u8],
+        offset: u64,
+        put: impl Fn(&[u8], u64) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let range = offset..offset + data.len() as u64;
+        let part = |part: &Range<u64>| part.start.max(range.start)..part.end.min(range.end);
+        match manner {
+            Manner::Kept => {
+                let written = put(data, offset)?;
+                self.wrote(false, offset..offset + written as u64);
+                Ok(written)
+            }
+            Manner::Lost => {
+                self.lose(range.clone())?;
+                let written = put(data, offset)?;
+                self.wrote(true, offset..offset + written as u64);
+                Ok(written)
+            }
+            Manner::Torn(lost) => {
+                for lost in lost.iter().map(part).filter(|part| !part.is_empty()) {
+                    self.lose(lost)?;
+                }
+                let written = put(data, offset)?;
+                let end = offset + written as u64;
+                let mut kept = Ranges::default();
+                kept.add(offset..end);
+                lost.iter().for_each(|lost| kept.remove(lost.clone()));
+                kept.iter().for_each(|kept| self.wrote(false, kept));
+                self.wrote(true, end..end);
+                Ok(written)
+            }
+            Manner::Parts(parts) => {
+                for part in parts.iter().map(part).filter(|part| !part.is_empty()) {
+                    let bytes = &data[(part.start - offset) as usize..(part.end - offset) as usize];
+                    let written = put(bytes, part.start)?;
+                    self.wrote(false, part.start..part.start + written as u64);
+                }
+                Ok(data.len())
+            }
+            Manner::Damaged { written, parts, mark } => {
+                room_to_keep(data.len())?;
+                let written = put(&written[..data.len()], offset)?;
+                self.wrote(false, offset..offset + written as u64);
+                for part in parts.iter().map(part).filter(|part| !part.is_empty()) {
+                    let original = &data[(part.start - offset) as usize..(part.end - offset) as usize];
+                    self.keep_original(part.start, original, mark);
+                }
+                Ok(written)
+            }
+            Manner::Astray { place, mark } => self.put_astray(*place, mark, data, offset, put),
+        }
+    }
+
+    /// The data lands elsewhere: there it covers what the file has, and where it should be all stays as it was. The file
+    /// becomes as long as it would have, because its size is not on the place of its data.
+    fn put_astray(
+        &mut self,
+        place: u64,
+        mark: &Mark,
+        data: &[u8],
+        offset: u64,
+        put: impl Fn(&[u8], u64) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        room_to_keep(2 * data.len())?;
+        let end = offset + data.len() as u64;
+        let size = end.max(stat(self.fd)?.st_size as u64);
+        if size == end {
+            nix::unistd::ftruncate(self.fd, end as i64)?;
+        }
+        let there = data.len().min(size.saturating_sub(place) as usize);
+        let mut covered = vec![0; there];
+        let readable = File::from(self.inode.open(libc::O_RDONLY)?);
+        let had = read_at(&readable, &mut covered, place)?;
+        covered.truncate(had);
+        put(&data[..had], place)?;
+        self.wrote(false, place..place + had as u64);
+        self.keep_original(offset, data, mark);
+        self.keep_original(place, &covered, mark);
+        Ok(data.len())
+    }
+
+    /// Keeps what a place should have, for a repair.
+    fn keep_original(&mut self, offset: u64, bytes: &[u8], mark: &Mark) {
+        let inode = self.inode;
+        let undo = self.undo.get_or_insert_with(|| inode.undo.lock());
+        undo.originals.put(offset, bytes, mark);
+        inode.undoable.store(true, Release);
+    }
+
     /// Saves what a dropped write is about to cover.
     pub fn lose(&mut self, range: Range<u64>) -> io::Result<()> {
         let readable = File::from(self.inode.open(libc::O_RDWR)?);
@@ -384,8 +491,13 @@ impl Change<'_> {
     }
 }
 
+/// What cannot be kept must not be damaged.
+fn room_to_keep(length: usize) -> io::Result<()> {
+    if undo::has_room(length) { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENOMEM)) }
+}
+
 /// Until the end, or until nothing more is to be had.
-fn read_at(file: &File, data: &mut [u8], offset: u64) -> io::Result<usize> {
+pub(super) fn read_at(file: &File, data: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut length = 0;
     while length < data.len() {
         match once(|| file.read_at(&mut data[length..], offset + length as u64)) {
@@ -452,6 +564,6 @@ fn capability(file: &File) -> Option<Vec<u8>> {
     xattr::get(file, CAPABILITY, &mut value).ok().map(|length| value[..length].to_vec())
 }
 
-fn misfit() -> io::Error {
+pub(super) fn misfit() -> io::Error {
     io::Error::from_raw_os_error(libc::EIO)
 }

@@ -1,10 +1,11 @@
 //! The operations themselves, on the backing directory.
 //!
 //! One file for each sort: [`names`] (what changes or reads directories), [`attributes`] (stat, chmod, xattrs, statfs),
-//! [`data`] (read, write, allocate, sync). All run on the thread that serves the request, take no lock across a system
+//! [`data`] (read, write, allocate, sync), and [`altered`] for what a rule wants done otherwise. All run on the thread that serves the request, take no lock across a system
 //! call (but for the undo log of a file, see `durability`), and answer with an errno rather than an error of any other
 //! type: the caller is a kernel.
 
+mod altered;
 pub mod attributes;
 pub mod data;
 pub mod names;
@@ -13,7 +14,7 @@ use std::io;
 
 use super::call::{Answer, Call, Caller, Reply};
 use super::serve::{Core, Performed};
-use crate::fault::Firing;
+use data::Manner;
 
 /// The errno of an error; what has none is an I/O error. That we have too many files open is not the caller's doing.
 pub fn errno(error: &io::Error) -> i32 {
@@ -24,12 +25,12 @@ pub fn errno(error: &io::Error) -> i32 {
 }
 
 impl Core {
-    /// Does a request. `dropped` makes it one that is acknowledged and can be taken back; entries of a directory go
-    /// into `reply`.
-    pub fn perform(&self, caller: &Caller, call: &Call<'_>, dropped: Option<&Firing>, reply: &mut Reply) -> Performed {
-        self.dispatch(caller, call, dropped.is_some(), reply).map_err(|error| errno(&error))
+    /// Does a request. Entries of a directory go into `reply`.
+    pub fn perform(&self, caller: &Caller, call: &Call<'_>, reply: &mut Reply) -> Performed {
+        self.dispatch(caller, call, false, reply).map_err(|error| errno(&error))
     }
 
+    /// `drop` makes it a request that is acknowledged and can be taken back.
     fn dispatch(&self, caller: &Caller, call: &Call<'_>, drop: bool, reply: &mut Reply) -> io::Result<Answer> {
         match call {
             Call::Lookup { parent, name } => self.lookup(*parent, name),
@@ -50,7 +51,7 @@ impl Core {
                 self.create(caller, *parent, name, (*mode, *umask), *flags, reply)
             }
             Call::Read { fh, offset, size, flags, .. } => self.read(*fh, *offset, *size, *flags),
-            Call::Write { .. } => self.write(caller, call, drop),
+            Call::Write { .. } => self.write(caller, call, &if drop { Manner::Lost } else { Manner::Kept }),
             Call::CopyFileRange { .. } => self.copy_file_range(caller, call, drop),
             Call::Fallocate { .. } => self.fallocate(caller, call, drop),
             Call::Flush { fh, .. } => self.flush(*fh),

@@ -221,7 +221,7 @@ impl Core {
         let inode = self.tree.get(ino)?;
         let only = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC | (flags & libc::O_NOATIME);
         let file = std::fs::File::from(inode.open(only)?);
-        let fh = self.files.open_directory(OpenFile::new(inode, file, 0, false));
+        let fh = self.files.open_directory(OpenFile::new(inode, file, 0, &Served::ByUs(FopenFlags::empty())));
         Ok(Answer::Opened(fh, Served::ByUs(FopenFlags::empty())))
     }
 

@@ -1,4 +1,4 @@
-//! A set of byte ranges.
+//! A set of byte ranges: what is preallocated, what was dropped, what has healed.
 //!
 //! Pure data, no locks.
 

@@ -1,0 +1,95 @@
+//! Compiles `match`: where a rule holds.
+//!
+//! Pure, as all of the compiler. The operations are left to the kind, which knows what it can act on.
+
+use globset::{Glob, GlobBuilder, GlobMatcher};
+
+use super::{Check, Problem};
+use crate::fault::op::FileType;
+use crate::fault::plan::Place;
+use crate::fault::spec::MatchSpec;
+
+/// The kernel keeps so much of a program's name.
+const LONGEST_COMM: usize = 15;
+/// A larger automaton than any expression over paths needs would only eat memory.
+const LARGEST_REGEX: usize = 1 << 20;
+
+/// A glob over paths below the mountpoint: `*` stops at a slash, `**` does not.
+///
+/// # Errors
+/// When it is none.
+pub fn path_glob(glob: &str) -> Result<Glob, globset::Error> {
+    GlobBuilder::new(glob).literal_separator(true).build()
+}
+
+impl Check {
+    pub(super) fn place(&mut self, spec: &MatchSpec) -> Place {
+        Place {
+            path: spec.path.as_deref().and_then(|path| self.path(path)),
+            regex: spec.path_regex.as_deref().and_then(|regex| self.regex(regex)),
+            pid: spec.pid,
+            tree: spec.tree,
+            comm: spec.comm.as_deref().and_then(|comm| self.comm(comm)),
+            uid: spec.uid,
+            gid: spec.gid,
+            offset: spec.offset.as_deref().and_then(|range| self.range("#/match/offset", range)),
+            length: spec.length.as_deref().and_then(|range| self.range("#/match/length", range)),
+            direct: spec.direct,
+            file_type: spec.r#type.as_deref().and_then(|word| self.file_type(word)),
+            ..Place::default()
+        }
+    }
+
+    fn path(&mut self, path: &str) -> Option<GlobMatcher> {
+        if !path.starts_with('/') {
+            let detail = format!("match.path: {path:?} does not start with \"/\", the mountpoint");
+            self.found(Problem::new("#/match/path", detail).hint(format!("did you mean \"/{path}\"?")));
+            return None;
+        }
+        match path_glob(path) {
+            Ok(glob) => Some(glob.compile_matcher()),
+            Err(error) => {
+                self.found(Problem::new("#/match/path", format!("match.path: {error}")));
+                None
+            }
+        }
+    }
+
+    fn regex(&mut self, text: &str) -> Option<regex::bytes::Regex> {
+        match regex::bytes::RegexBuilder::new(text).size_limit(LARGEST_REGEX).build() {
+            Ok(regex) => Some(regex),
+            Err(error) => {
+                let detail = format!("match.path_regex: {error}");
+                let hint = "as in https://docs.rs/regex; it need not match the whole path: anchor it with ^ and $";
+                self.found(Problem::new("#/match/path_regex", detail).hint(hint));
+                None
+            }
+        }
+    }
+
+    fn comm(&mut self, text: &str) -> Option<GlobMatcher> {
+        let literal = !text.contains(['*', '?', '[', '{', '\\']);
+        if text.is_empty() || (literal && text.len() > LONGEST_COMM) {
+            let detail = format!("match.comm: {text:?} can be no program's name: the kernel keeps 1 to 15 bytes of it");
+            let cut: String = text.chars().take(LONGEST_COMM).collect();
+            self.found(Problem::new("#/match/comm", detail).hint(format!("did you mean {cut:?}?")));
+            return None;
+        }
+        match Glob::new(text) {
+            Ok(glob) => Some(glob.compile_matcher()),
+            Err(error) => {
+                self.found(Problem::new("#/match/comm", format!("match.comm: {error}")));
+                None
+            }
+        }
+    }
+
+    fn file_type(&mut self, word: &str) -> Option<FileType> {
+        let parsed = FileType::parse(word);
+        if parsed.is_none() {
+            let problem = Problem::new("#/match/type", format!("match.type: unknown type {word:?}"));
+            self.found(problem.nearest(word, FileType::WORDS.iter().map(|(word, _)| *word)));
+        }
+        parsed
+    }
+}
