@@ -4,9 +4,9 @@
 //! that hangs; [`files`] what a program sees with nothing armed; [`model`] that this is what the bare directory shows, by
 //! random operations on both; [`limits`] what FUSE cannot pass; [`write_path`] what a write costs; [`passthrough`] files
 //! that the kernel serves; [`rules`] rules through the socket and their counting; [`faults`] what a program sees of each
-//! fault; [`parking`] delayed and stalled requests; [`space`] capacity; [`events`] the stream; [`input`] bad input;
-//! [`databases`] published outcomes with real databases; [`docs`] that the documents are true; [`houses`] rules about
-//! the code itself. Each test ends with [`support::Mounted::end`].
+//! fault; [`kinds`] what real programs say of each kind; [`parking`] delayed and stalled requests; [`space`] capacity;
+//! [`events`] the stream; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the
+//! documents are true; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
 
 mod alive;
 mod databases;
@@ -16,6 +16,7 @@ mod faults;
 mod files;
 mod houses;
 mod input;
+mod kinds;
 mod limits;
 mod model;
 mod mount;

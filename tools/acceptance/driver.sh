@@ -14,13 +14,13 @@
 #
 # A case also passes for the wrong reasons: when the fault never fired, or when the mount has gone and the directory below
 # it answers. So the end counts the events of each fault that was armed, and looks whether the mount is still the one of
-# the start. It is reached from the case's cleanup, whose output is thrown away: hence a descriptor of our own.
+# the start. A case may arm the same fault in several parts, and each of them has to fire: so each arming is counted by
+# itself. The end is reached from the case's cleanup, whose output is thrown away: hence a descriptor of our own.
 
 nfs_home=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 nfs_mount= nfs_dir= nfs_device= nfs_pid= nfs_log= nfs_arms=0
-nfs_order=()            # specs, each once, in the order in which they were armed
-declare -A nfs_fired=() # spec: events seen of it, over all times that it was armed
-nfs_active=()           # armed now: "RULE CURSOR SPEC"
+nfs_fired=()  # "EVENTS SPEC" of each arming that is over, in the order in which they ended
+nfs_active=() # armed now: "RULE CURSOR SPEC"
 exec {nfs_out}>&1
 
 # The program under test: as told, or the latest build of this checkout, or the installed one.
@@ -90,17 +90,16 @@ fault_arm() {
     rule=fault-$nfs_arms
     reply=$(nfs --json rule add "$rule" "${options[@]}")
   fi || { nfs_bad "could not arm '$spec'"; return 1; }
-  [ -n "${nfs_fired[$spec]+known}" ] || { nfs_order+=("$spec"); nfs_fired[$spec]=0; }
   nfs_active+=("$rule $(sed -n 's/.*"cursor": *"\([^"]*\)".*/\1/p' <<<"$reply") $spec")
 }
 
-# Adds up what the faults that are armed now have done.
+# Notes what the faults that are armed now have done, as they are about to go.
 nfs_count() {
   local rule cursor spec seen entry
   for entry in "${nfs_active[@]}"; do
     read -r rule cursor spec <<<"$entry"
     seen=$(nfs --json events --rule "$rule" --since "$cursor" | grep -c '"event": *"injection"')
-    nfs_fired[$spec]=$((nfs_fired[$spec] + seen))
+    nfs_fired+=("$seen $spec")
   done
   nfs_active=()
 }
@@ -112,15 +111,15 @@ fault_clear() {
 }
 
 fault_umount() {
-  local spec said tries=0
+  local entry said tries=0
   # Called twice, or by a case that was skipped before it mounted anything.
   [ -n "$nfs_mount" ] || return 0
   nfs_count
-  for spec in "${nfs_order[@]}"; do
-    if [ "${nfs_fired[$spec]}" -gt 0 ]; then say "ok   - fired ${nfs_fired[$spec]} times: $spec" >&"$nfs_out"
-    else nfs_bad "was armed and never fired: $spec"; fi
+  for entry in "${nfs_fired[@]}"; do
+    if [ "${entry%% *}" -gt 0 ]; then say "ok   - fired ${entry%% *} times: ${entry#* }" >&"$nfs_out"
+    else nfs_bad "was armed and never fired: ${entry#* }"; fi
   done
-  [ ${#nfs_order[@]} -gt 0 ] || nfs_bad "nothing was armed"
+  [ ${#nfs_fired[@]} -gt 0 ] || nfs_bad "nothing was armed"
   [ "$(stat -c %d "$nfs_mount" 2>&1)" = "$nfs_device" ] || nfs_bad "$nfs_mount is not the mount of the start any more"
   # One that has died may still be there as a zombie.
   grep -qs '^State:[[:space:]]*[^Z[:space:]]' "/proc/$nfs_pid/status" || nfs_bad "the daemon has died: $(tail -3 "$nfs_log")"

@@ -10,25 +10,30 @@ use super::server::{Server, free_port, logged};
 use crate::support::Mounted;
 
 /// A cluster of one member with its data on the mount.
-struct Etcd<'a> {
+pub struct Etcd<'a> {
     mounted: &'a Mounted,
-    log: PathBuf,
+    pub log: PathBuf,
     client: String,
     peer: String,
 }
 
 impl<'a> Etcd<'a> {
-    fn on(mounted: &'a Mounted) -> Etcd<'a> {
+    pub fn on(mounted: &'a Mounted) -> Etcd<'a> {
         let url = || format!("http://127.0.0.1:{}", free_port());
         Etcd { mounted, log: mounted.aside("etcd").join("etcd.log"), client: url(), peer: url() }
     }
 
-    fn start(&self) -> Server {
+    pub fn start(&self) -> Server {
+        self.start_with(&[])
+    }
+
+    /// With more options.
+    pub fn start_with(&self, options: &[&str]) -> Server {
         let mut command = Command::new("etcd");
         command.arg("--data-dir").arg(self.mounted.path("etcd"));
         command.args(["--name", "one", "--logger", "zap", "--initial-cluster", &format!("one={}", self.peer)]);
         command.args(["--listen-client-urls", &self.client, "--advertise-client-urls", &self.client]);
-        command.args(["--listen-peer-urls", &self.peer, "--initial-advertise-peer-urls", &self.peer]);
+        command.args(["--listen-peer-urls", &self.peer, "--initial-advertise-peer-urls", &self.peer]).args(options);
         Server::start(command, &self.log).ready(|| self.ctl(&["endpoint", "health"], "").status.success())
     }
 
@@ -43,13 +48,13 @@ impl<'a> Etcd<'a> {
     }
 
     /// Puts keys until one is not acknowledged: how many were.
-    fn put(&self, keys: std::ops::Range<u32>, value: &str) -> u32 {
+    pub fn put(&self, keys: std::ops::Range<u32>, value: &str) -> u32 {
         let first = keys.start;
         let refused = keys.clone().find(|key| !self.ctl(&["put", &format!("key{key}")], value).status.success());
         refused.unwrap_or(keys.end) - first
     }
 
-    fn keys(&self) -> u32 {
+    pub fn keys(&self) -> u32 {
         let output = self.ctl(&["get", "key", "--prefix", "--keys-only"], "");
         String::from_utf8_lossy(&output.stdout).lines().filter(|line| line.starts_with("key")).count() as u32
     }

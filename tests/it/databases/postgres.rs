@@ -17,14 +17,14 @@ use crate::support::{Mounted, Said};
 const PROGRAMS: &str = "/usr/lib/postgresql/15/bin";
 
 /// A cluster in the directory `pg` of the mount, made by its own user.
-struct Cluster {
+pub struct Cluster {
     data: PathBuf,
     aside: PathBuf,
-    log: PathBuf,
+    pub log: PathBuf,
 }
 
 impl Cluster {
-    fn on(mounted: &Mounted) -> Cluster {
+    pub fn on(mounted: &Mounted) -> Cluster {
         let aside = mounted.aside("pg");
         let cluster = Cluster { data: mounted.path("pg"), log: aside.join("server.log"), aside };
         // Small segments, so that the log soon needs a new one.
@@ -33,7 +33,7 @@ impl Cluster {
         cluster
     }
 
-    fn start(&self) -> Server {
+    pub fn start(&self) -> Server {
         let mut command = as_postgres("postgres");
         command.arg("-D").arg(&self.data).arg("-k").arg(&self.aside);
         for setting in [
@@ -50,14 +50,14 @@ impl Cluster {
     }
 
     /// One statement: its rows, or the error.
-    fn query(&self, statement: &str) -> Result<String, String> {
+    pub fn query(&self, statement: &str) -> Result<String, String> {
         let mut command = Command::new(format!("{PROGRAMS}/psql"));
         command.args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", "postgres", "-h"]);
         let said = said(command.arg(&self.aside).args(["-c", statement]));
         if said.code == 0 { Ok(said.out.trim().to_string()) } else { Err(said.err) }
     }
 
-    fn number(&self, statement: &str) -> i64 {
+    pub fn number(&self, statement: &str) -> i64 {
         let answer = self.query(statement).unwrap_or_else(|error| panic!("{statement}: {error}"));
         answer.parse().unwrap_or_else(|_| panic!("{statement}: {answer}"))
     }
@@ -68,7 +68,30 @@ impl Cluster {
         command
     }
 
-    fn assert_checksums_are_right(&self) {
+    /// A table of some seventy blocks, not yet on disk; its file's path below the mountpoint.
+    pub fn table(&self) -> String {
+        let rows = "CREATE TABLE t AS SELECT i, repeat('y', 500) v FROM generate_series(1, 1000) i";
+        self.query(rows).expect("a table");
+        format!("/pg/{}", self.query("SELECT pg_relation_filepath('t')").expect("its path"))
+    }
+
+    /// Files and numbers of the blocks whose checksum is wrong, as `pg_checksums` tells them. The server must have stopped.
+    pub fn bad_blocks(&self) -> Vec<(String, u64)> {
+        let said = said(as_postgres("pg_checksums").args(["--check", "-D"]).arg(&self.data));
+        let told: Vec<_> = said.err.lines().filter_map(|line| self.bad_block(line)).collect();
+        assert!(said.out.contains(&format!("Bad checksums:  {}", told.len())), "{said:?}");
+        told
+    }
+
+    /// `... checksum verification failed in file "FILE", block N: ...`
+    fn bad_block(&self, line: &str) -> Option<(String, u64)> {
+        let (_, rest) = line.split_once("checksum verification failed in file \"")?;
+        let (file, rest) = rest.split_once("\", block ")?;
+        let below = Path::new(file).strip_prefix(&self.data).expect("a file of the cluster");
+        Some((format!("/pg/{}", below.display()), rest.split_once(':')?.0.parse().ok()?))
+    }
+
+    pub fn assert_checksums_are_right(&self) {
         let said = succeeded(as_postgres("pg_checksums").args(["--check", "-D"]).arg(&self.data));
         assert!(said.out.contains("Bad checksums:  0"), "{said:?}");
     }

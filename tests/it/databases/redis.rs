@@ -14,19 +14,19 @@ use super::server::{Server, logged};
 use crate::support::{Mounted, eventually};
 
 /// A Redis whose directory is the mount.
-struct Redis<'a> {
+pub struct Redis<'a> {
     mounted: &'a Mounted,
     socket: PathBuf,
-    log: PathBuf,
+    pub log: PathBuf,
 }
 
 impl<'a> Redis<'a> {
-    fn on(mounted: &'a Mounted) -> Redis<'a> {
+    pub fn on(mounted: &'a Mounted) -> Redis<'a> {
         let aside = mounted.aside("redis");
         Redis { mounted, socket: aside.join("redis.sock"), log: aside.join("redis.log") }
     }
 
-    fn start(&self, options: &[&str]) -> Server {
+    pub fn start(&self, options: &[&str]) -> Server {
         let mut command = Command::new("redis-server");
         command.args(["--port", "0", "--daemonize", "no", "--unixsocket"]).arg(&self.socket);
         command.arg("--dir").arg(&self.mounted.mountpoint).args(["--save", ""]).args(options);
@@ -40,12 +40,12 @@ impl<'a> Redis<'a> {
     }
 
     /// The answer to one command on a connection of its own; none when the server goes away over it.
-    fn ask(&self, command: &str) -> Option<String> {
+    pub fn ask(&self, command: &str) -> Option<String> {
         say(&mut self.connect()?, command)
     }
 
     /// Sets keys until one is refused: how many were acknowledged, and what was said then (nothing: it went away).
-    fn set(&self, keys: std::ops::Range<u32>, length: usize) -> (u32, Option<String>) {
+    pub fn set(&self, keys: std::ops::Range<u32>, length: usize) -> (u32, Option<String>) {
         let mut stream = self.connect().expect("a connection");
         let first = keys.start;
         for key in keys.clone() {
@@ -57,7 +57,7 @@ impl<'a> Redis<'a> {
         (keys.end - first, Some("+OK".to_string()))
     }
 
-    fn keys(&self) -> u32 {
+    pub fn keys(&self) -> u32 {
         let answer = self.ask("DBSIZE").expect("an answer");
         answer.trim_start_matches(':').parse().unwrap_or_else(|_| panic!("{answer}"))
     }

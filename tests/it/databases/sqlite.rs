@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::support::Mounted;
 
-fn open(path: &Path, journal: &str) -> Connection {
+pub fn open(path: &Path, journal: &str) -> Connection {
     let db = Connection::open(path).expect("a database");
     db.pragma_update(None, "journal_mode", journal).expect("a journal mode");
     db.pragma_update(None, "synchronous", "FULL").expect("synchronous");
@@ -19,24 +19,24 @@ fn open(path: &Path, journal: &str) -> Connection {
     db
 }
 
-fn count(db: &Connection) -> i64 {
+pub fn count(db: &Connection) -> i64 {
     db.query_row("SELECT count(*) FROM t", (), |row| row.get(0)).expect("a count")
 }
 
-fn assert_sound(db: &Connection) {
+pub fn assert_sound(db: &Connection) {
     let said: String = db.query_row("PRAGMA integrity_check", (), |row| row.get(0)).expect("a check");
     assert_eq!(said, "ok", "integrity_check");
 }
 
 /// Rows that a database has after it was opened anew, having found it sound.
-fn reopened(path: &Path) -> i64 {
+pub fn reopened(path: &Path) -> i64 {
     let db = Connection::open(path).expect("a database");
     assert_sound(&db);
     count(&db)
 }
 
 /// The extended result code.
-fn code(error: &Error) -> i32 {
+pub fn code(error: &Error) -> i32 {
     error.sqlite_error().unwrap_or_else(|| panic!("not of SQLite: {error}")).extended_code
 }
 
@@ -50,7 +50,7 @@ fn large_transaction(db: &Connection) -> Result<(), Error> {
 }
 
 /// Ten transactions of one row: the error of each that failed.
-fn ten_commits(db: &Connection) -> Vec<Error> {
+pub fn ten_commits(db: &Connection) -> Vec<Error> {
     let insert = |_| db.execute("INSERT INTO t(v) VALUES (hex(randomblob(250)))", ()).err();
     (0..10).filter_map(insert).collect()
 }
