@@ -7,6 +7,7 @@
 //! what the user typed, what a daemon answered, or a closed pipe.
 
 mod args;
+mod children;
 mod console;
 mod damage;
 mod events;
@@ -15,9 +16,13 @@ mod list;
 mod mode;
 mod mount;
 mod rule;
+mod rule_args;
 mod rule_text;
 mod session;
 mod space;
+mod sweep;
+mod sweep_report;
+mod sweep_words;
 mod table;
 mod umount;
 
@@ -65,6 +70,8 @@ enum Verb {
     Events(events::EventsArgs),
     /// Back to a disk that does nothing: no rules, no mode, no capacity, nothing held
     Reset,
+    /// Run a command again and again, with the fault at the first, second, third … matching request
+    Sweep(Box<sweep::SweepArgs>),
     /// How full the disk seems
     #[command(subcommand)]
     Space(space::SpaceCommand),
@@ -116,6 +123,7 @@ fn run(cli: &Cli, run_dir: &Path, console: &Console) -> u8 {
         Verb::Rule(command) => rule::run(&world, command),
         Verb::Events(args) => events::run(&world, args),
         Verb::Reset => on_each(&world, &rule::reset),
+        Verb::Sweep(args) => sweep::run(&world, args),
         Verb::Space(command) => space::run(&world, command),
         Verb::Evict { path } => on_each(&world, &|session| space::evict(session, path.as_deref())),
         Verb::Repair(args) => damage::run(&world, args),

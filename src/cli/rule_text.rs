@@ -82,11 +82,8 @@ const SWITCHES: [&str; 3] = ["any", "force", "heal_on_write"];
 /// The words of the command that makes this rule, without the program's name.
 pub fn command(rule: &Value) -> Option<String> {
     let mut words = vec!["rule add".to_owned(), quoted(rule.get("name")?.as_str()?)];
-    words.extend(terms(rule).map(|terms| format!("--terms {}", quoted(terms))));
     for section in ["fault", "match", "trigger"] {
-        for (name, value) in rule.get(section).and_then(Value::as_object).into_iter().flatten() {
-            words.extend(flag(section, name, value)?);
-        }
+        words.extend(flags(rule, section)?);
     }
     if rule.get("enabled") == Some(&Value::Bool(false)) {
         words.push("--disabled".to_owned());
@@ -100,9 +97,16 @@ pub fn command(rule: &Value) -> Option<String> {
     Some(words.join(" "))
 }
 
-/// The terms of a rule that has no kind.
-fn terms(rule: &Value) -> Option<&str> {
-    rule.get("fault")?.as_str()
+/// The words for one section of a rule, if there are flags for all that it says.
+pub fn flags(rule: &Value, section: &str) -> Option<Vec<String>> {
+    let fields = match rule.get(section) {
+        None => return Some(Vec::new()),
+        // The terms of a rule that has no kind.
+        Some(Value::String(terms)) => return Some(vec![format!("--terms {}", quoted(terms))]),
+        Some(section) => section.as_object()?,
+    };
+    let words = fields.iter().map(|(name, value)| flag(section, name, value));
+    Some(words.collect::<Option<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
 /// The words for one field: none when it says nothing, and no answer at all when there is no flag for it.
@@ -153,7 +157,8 @@ fn listed(item: &Value) -> Option<String> {
 /// What a rule does, in one line: `error EIO on write,fsync of /pg_wal/**, once`.
 pub fn sentence(rule: &Value) -> String {
     let text = |section: &str, name: &str| word(rule, section, name);
-    let kind = terms(rule).map(str::to_owned).or_else(|| text("fault", "kind"));
+    let terms = rule.get("fault").and_then(Value::as_str);
+    let kind = terms.map(str::to_owned).or_else(|| text("fault", "kind"));
     let mut words = vec![kind.unwrap_or_else(|| "?".to_owned())];
     words.extend(text("fault", "errno"));
     words.extend(text("fault", "delay"));

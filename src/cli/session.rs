@@ -52,6 +52,21 @@ pub fn on_each(world: &World, verb: Verb) -> u8 {
     })
 }
 
+/// Runs `verb` on the one host that there must be, on this thread.
+pub fn on_only(world: &World, what: &str, verb: Verb) -> u8 {
+    match host::resolve(&world.globals.host, world.run_dir).as_deref() {
+        Err(error) => world.console.error(error),
+        Ok([target]) => {
+            let (target, result) = on_one(world, target, false, verb);
+            world.console.result(&target, false, result)
+        }
+        Ok(targets) => {
+            let error = ClientError::usage(format!("{what} is for one instance, and -H names {}", targets.len()));
+            world.console.error(&error.hint("run it once for each"))
+        }
+    }
+}
+
 fn on_one(world: &World, target: &Target, several: bool, verb: Verb) -> (Target, Result<Outcome, ClientError>) {
     let session = match Session::open(world, target, several) {
         Ok(session) => session,
@@ -115,7 +130,7 @@ pub fn shown(reply: Reply, lines: Vec<String>) -> Outcome {
     Outcome { lines, status: reply.status, body: Some(reply.body), ..Outcome::default() }
 }
 
-fn warnings(body: &Value) -> impl Iterator<Item = String> {
+pub fn warnings(body: &Value) -> impl Iterator<Item = String> {
     let told = body.get("warnings").and_then(Value::as_array).into_iter().flatten();
     told.filter_map(Value::as_str).map(|warning| format!("warning: {warning}"))
 }

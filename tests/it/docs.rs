@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const DOCUMENTS: &[&str] =
-    &["README.md", "docs/api.md", "docs/architecture.md", "docs/semantics.md", "docs/performance.md"];
+    &["README.md", "docs/api.md", "docs/architecture.md", "docs/semantics.md", "docs/sweep.md", "docs/performance.md"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -56,10 +56,8 @@ fn what_is_wrong_is_named_with_its_place_and_the_nearest_word() {
 #[test]
 fn what_is_declared_and_not_built_is_told_from_what_is_wrong() {
     let mounted = Mounted::new();
-    let cases = [
-        json!({"fault": {"kind": "power_cut"}}),
-        json!({"fault": {"kind": "torn", "keep": "1", "then": "power_cut"}}),
-    ];
+    let cases =
+        [json!({"fault": {"kind": "power_cut"}}), json!({"fault": {"kind": "torn", "keep": "1", "then": "power_cut"}})];
     for rule in cases {
         let answer = mounted.http("PUT", "/v1/rules/r", Some(&rule));
         assert_eq!((answer.status, answer.body["code"].as_str()), (422, Some("not_yet")), "{rule}: {answer:?}");

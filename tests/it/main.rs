@@ -4,7 +4,7 @@
 //! that hangs; [`files`] what a program sees with nothing armed; [`model`] that this is what the bare directory shows, by
 //! random operations on both; [`limits`] what FUSE cannot pass; [`write_path`] what a write costs; [`passthrough`] files
 //! that the kernel serves; [`rules`] rules through the socket and their counting; [`faults`] what a program sees of each
-//! fault; [`kinds`] what real programs say of each kind; [`parking`] delayed and stalled requests; [`space`] capacity;
+//! fault; [`kinds`] what real programs say of each kind; [`sweep`] the fault at every point; [`parking`] delayed and stalled requests; [`space`] capacity;
 //! [`events`] the stream; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the
 //! documents are true; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
 
@@ -25,4 +25,5 @@ mod passthrough;
 mod rules;
 mod space;
 mod support;
+mod sweep;
 mod write_path;
