@@ -61,9 +61,6 @@ pub struct FaultArgs {
     /// misdirect: by how much it goes wrong
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     offset_delta: Option<String>,
-    /// misdirect: where it goes
-    #[arg(long, value_name = "OFFSET")]
-    to: Option<String>,
     /// bad_sectors: what cannot be read
     #[arg(long, value_name = "A..B,...")]
     ranges: Option<String>,
@@ -94,7 +91,7 @@ pub struct FaultArgs {
     /// kill: the caller, or all who have something open on the mount: caller or mount
     #[arg(long, value_name = "WORD")]
     target: Option<String>,
-    /// Any attribute of the kind by its name, and those that have no option of their own: size=+1, perm=0600. Repeatable
+    /// Any attribute of the kind by its name, and those that have no option of their own: to=0, size=+1, perm=0600. Repeatable
     #[arg(long = "set", value_name = "NAME=VALUE", value_parser = pair)]
     attributes: Vec<(String, String)>,
 }
@@ -214,7 +211,6 @@ impl FaultArgs {
             ("value", json!(self.value)),
             ("when", json!(self.when)),
             ("offset_delta", json!(self.offset_delta)),
-            ("to", json!(self.to)),
             ("ranges", json!(self.ranges)),
             ("heal_on_write", switch(self.heal_on_write)),
             ("delay", json!(text(&self.delay))),

@@ -39,7 +39,6 @@ const FIELDS: &[Field] = &[
     field("fault", "value", "--value"),
     field("fault", "when", "--when"),
     field("fault", "offset_delta", "--offset-delta"),
-    field("fault", "to", "--to"),
     field("fault", "ranges", "--ranges"),
     field("fault", "heal_on_write", "--heal-on-write"),
     field("fault", "delay", "--delay"),
