@@ -256,9 +256,10 @@ fn lock(mut file: File) -> Result<Flock<File>, Errno> {
 }
 
 /// The standard library's hash keys are random, and that is all that is needed here.
+/// A seed that every language reads from JSON as it was written: 53 bits.
 fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
-    std::collections::hash_map::RandomState::new().build_hasher().finish()
+    std::collections::hash_map::RandomState::new().build_hasher().finish() >> 11
 }
 
 /// Rules that are in force from the first request on.
@@ -497,11 +498,12 @@ impl Serving {
         let identity = &self.identity;
         let log = identity.log.as_ref().map_or_else(|| "-".into(), |log| log.display().to_string());
         format!(
-            "ready instance={} mount={} socket={} pid={} log={log}",
+            "ready instance={} mount={} socket={} pid={} log={log} seed={}",
             identity.instance,
             identity.mountpoint.display(),
             identity.socket.display(),
             std::process::id(),
+            self.core.arming.seed(),
         )
     }
 

@@ -321,6 +321,8 @@ pub enum Answer {
     Entry(Entry),
     Attr(FileAttr, Duration),
     Data(Buffer),
+    /// Of a read: the kernel is to ask for each page by itself.
+    AskAgain,
     Opened(u64, Served),
     Created(Entry, u64, Served),
     Written(u32),
@@ -433,6 +435,7 @@ impl Reply {
             }
             (Reply::Attr(reply), Answer::Attr(attr, keep)) => reply.attr(&keep, &attr),
             (Reply::Data(reply), Answer::Data(data)) => reply.data(&data),
+            (Reply::Data(reply), Answer::AskAgain) => reply.error(Errno::from_i32(libc::EIO)),
             (Reply::Open(reply), Answer::Opened(fh, served)) => match served {
                 Served::ByUs(flags) => reply.opened(FileHandle(fh), flags),
                 Served::ByKernel(id) => reply.opened_passthrough(FileHandle(fh), FopenFlags::empty(), &id),

@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 
 use super::process::{self, CallRange, Waiting};
 use crate::durability::Ranges;
+use crate::fault::kind::Portion;
 use crate::fault::{Firing, Op};
 
 /// A repetition after this is the program's own.
@@ -33,10 +34,31 @@ const FAULT_REPEATS: u32 = 2;
 const MOST_REPEATS: u32 = 3;
 const PAGE: u64 = 4096;
 
+/// A read that is to be short, through the page cache. There a short answer would make the kernel take the file for shorter;
+/// what makes a read short without harm is an error behind its first page, after which the kernel gives what it has. So the
+/// pages before the cut are given, the first behind it fails, and the program, which goes on from there, is a new call.
+#[derive(Debug)]
+struct Cut {
+    ino: u64,
+    tid: u32,
+    /// Where the call began.
+    call: u64,
+    /// The page that fails.
+    at: u64,
+    since: Instant,
+}
+
+/// What becomes of a request of a call that is to be short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OfCut {
+    Serve,
+    Fail,
+}
+
 /// Firings that programs have not seen yet, and their traces in the kernel's cache.
 #[derive(Debug, Default)]
 pub struct Holds {
-    /// Entries of `owed` and `lacking`.
+    /// Entries of `owed`, `cuts` and `lacking`.
     count: AtomicUsize,
     state: Mutex<State>,
 }
@@ -44,6 +66,7 @@ pub struct Holds {
 #[derive(Debug, Default)]
 struct State {
     owed: Vec<Hold>,
+    cuts: Vec<Cut>,
     /// By file: pages that the kernel has without contents.
     lacking: HashMap<u64, Ranges>,
     /// Writes that may be under way, in pieces.
@@ -177,15 +200,80 @@ impl Holds {
         let mut state = self.state.lock();
         state.lacking.retain(|of, _| ino.is_some_and(|ino| *of != ino));
         state.owed.retain(|hold| ino.is_some_and(|ino| hold.ino != ino));
+        state.cuts.retain(|cut| ino.is_some_and(|ino| cut.ino != ino));
         self.recount(&state);
     }
 
+    /// Makes the call short that a cached read is part of: what becomes of this part of it, and how much the program will
+    /// get. Nothing when the call cannot be short: one page is the least, and it must be seen where the call began.
+    ///
+    /// `size` is the file's.
+    pub fn shorten(&self, piece: &Piece, portion: Portion, size: u64) -> Option<(OfCut, u64)> {
+        let Waiting::Call(call) = process::waits_in(piece.tid) else { return None };
+        let end = call.start.saturating_add(call.length).min(size);
+        let part = portion.of(end.saturating_sub(call.start))?;
+        let least = call.start / PAGE * PAGE + PAGE;
+        // What lies before this request, the program has already.
+        let at = ((call.start + part) / PAGE * PAGE).max(piece.range.start).max(least);
+        if call.writes || at >= end {
+            return None;
+        }
+        let mut state = self.state.lock();
+        if state.cuts.len() >= MOST {
+            state.cuts.remove(0);
+        }
+        state.cuts.push(Cut { ino: piece.ino, tid: piece.tid, call: call.start, at, since: Instant::now() });
+        let last = state.cuts.len() - 1;
+        let now = state.cut(piece, last);
+        self.recount(&state);
+        Some((now, at - call.start))
+    }
+
+    /// What becomes of a request, if its call is to be short.
+    pub fn of_cut(&self, piece: &Piece) -> Option<OfCut> {
+        {
+            let mut state = self.state.lock();
+            state.cuts.retain(|cut| cut.since.elapsed() < LIFE);
+            self.recount(&state);
+            if !state.cuts.iter().any(|cut| cut.is_for(piece)) {
+                return None;
+            }
+        }
+        let waiting = process::waits_in(piece.tid);
+        let mut state = self.state.lock();
+        let i = state.cuts.iter().position(|cut| cut.is_for(piece))?;
+        let now = match waiting {
+            Waiting::Call(call) if call.start == state.cuts[i].call => Some(state.cut(piece, i)),
+            // That call is over.
+            _ => {
+                state.cuts.remove(i);
+                None
+            }
+        };
+        self.recount(&state);
+        now
+    }
+
     fn recount(&self, state: &State) {
-        self.count.store(state.owed.len() + state.lacking.len(), Release);
+        self.count.store(state.owed.len() + state.cuts.len() + state.lacking.len(), Release);
     }
 }
 
 impl State {
+    /// Does this part of a call that is to be short reach the cut? A window that was read ahead fails first, and is asked
+    /// again page by page.
+    fn cut(&mut self, piece: &Piece, i: usize) -> OfCut {
+        let at = self.cuts[i].at;
+        if piece.range.end <= at {
+            return OfCut::Serve;
+        }
+        if piece.range.start >= at && self.lacks(piece) {
+            self.cuts.remove(i);
+        }
+        self.lacking.entry(piece.ino).or_default().add(piece.range.clone());
+        OfCut::Fail
+    }
+
     fn lacks(&self, piece: &Piece) -> bool {
         let at = piece.range.start;
         self.lacking.get(&piece.ino).is_some_and(|ranges| ranges.gaps(at..at + 1).is_empty())
@@ -216,6 +304,12 @@ impl State {
             }
             self.runs.push(Run { tid: piece.tid, ino: piece.ino, start, end: piece.range.end });
         }
+    }
+}
+
+impl Cut {
+    fn is_for(&self, piece: &Piece) -> bool {
+        piece.op == Op::Read && piece.cached && self.ino == piece.ino && self.tid == piece.tid
     }
 }
 

@@ -84,7 +84,8 @@ fn parent(pid: u32) -> Option<u32> {
 
 /// When the thread was started, in the kernel's ticks: with its number, this names it for good.
 pub fn start_time(tid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;
+    // Below `task`, because above it the kernel adds up the times of all threads, of which there may be thousands.
+    let stat = fs::read_to_string(format!("/proc/{tid}/task/{tid}/stat")).ok()?;
     // The name may contain anything, blanks and brackets too; fields are counted from its end.
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }

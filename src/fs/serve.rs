@@ -21,7 +21,7 @@ use super::arming::Arming;
 use super::call::{Answer, Call, Caller, Keep, Reply};
 use super::facts::Request;
 use super::files::Files;
-use super::hold::{Holds, Piece};
+use super::hold::{Holds, OfCut, Piece};
 use super::inode::Inode;
 use super::limits;
 use super::park::{Parked, Parking, Pending};
@@ -95,12 +95,21 @@ impl Core {
         let op = call.op();
         if self.holds.any()
             && let Some(piece) = self.piece(&caller, &call)
-            && let Some((errno, firing)) = self.holds.owed(&piece)
         {
-            self.inject(&caller, &call, &firing, Told { errno: Some(errno), repeat: true, ..Told::default() });
-            reply.error(errno);
-            self.ring.wake();
-            return;
+            match self.holds.of_cut(&piece) {
+                Some(OfCut::Serve) => {
+                    self.holds.passed(&piece);
+                    return self.proceed(caller, call, reply, None);
+                }
+                Some(OfCut::Fail) => return reply.error(libc::EIO),
+                None => {}
+            }
+            if let Some((errno, firing)) = self.holds.owed(&piece) {
+                self.inject(&caller, &call, &firing, Told { errno: Some(errno), repeat: true, ..Told::default() });
+                reply.error(errno);
+                self.ring.wake();
+                return;
+            }
         }
         if !self.arming.concerns(op) {
             if self.holds.any() {
@@ -311,7 +320,7 @@ impl Core {
     }
 
     /// A read or a write as holds look at it.
-    fn piece(&self, caller: &Caller, call: &Call<'_>) -> Option<Piece> {
+    pub fn piece(&self, caller: &Caller, call: &Call<'_>) -> Option<Piece> {
         let (flags, writeback) = match call {
             Call::Read { flags, .. } => (*flags, false),
             Call::Write { flags, origin, .. } => (*flags, origin.writeback),

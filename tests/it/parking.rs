@@ -8,11 +8,12 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Mounted, eventually, within};
+use crate::support::{Mounted, eventually, is_mounted, within};
 
 /// Long enough for anything that is not held, on a busy machine.
 const SOON: Duration = Duration::from_secs(5);
@@ -378,4 +379,63 @@ fn eviction_does_not_keep_its_client_waiting_for_a_parked_read() {
     drop(read.join().unwrap());
     eventually("the event of the eviction", || mounted.events().iter().any(|event| event["action"] == "evicted"));
     mounted.end();
+}
+
+/// As many as a busy server could have, on a mount where every request stalls.
+const MANY: u64 = 10_000;
+
+/// Reads of one sector each, each on a thread of its own, past the page cache.
+fn many_readers(file: &Arc<File>) -> Vec<std::thread::JoinHandle<bool>> {
+    let start = |i: u64| {
+        let file = file.clone();
+        let read = move || {
+            let mut sector = Sector([0; 512]);
+            file.read_exact_at(&mut sector.0, i * 512).is_ok() && sector.0 == [i as u8; 512]
+        };
+        std::thread::Builder::new().stack_size(32 << 10).spawn(read).unwrap()
+    };
+    (0..MANY).map(start).collect()
+}
+
+#[repr(align(512))]
+struct Sector([u8; 512]);
+
+/// The shortest time in which the socket answers, of a few tries: others may use the processors.
+fn answers_within(mounted: &Mounted) -> Duration {
+    let time = |_| {
+        let begin = Instant::now();
+        assert_eq!(mounted.http("GET", "/v1/rules", None).status, 200);
+        begin.elapsed()
+    };
+    (0..5).map(time).min().unwrap()
+}
+
+#[test]
+fn with_ten_thousand_parked_the_socket_answers_and_all_of_them_go_on_when_released() {
+    let mounted = Mounted::new();
+    let contents: Vec<u8> = (0..MANY).flat_map(|i| [i as u8; 512]).collect();
+    std::fs::write(mounted.backing.join("file"), contents).unwrap();
+    let open = || {
+        use std::os::unix::fs::OpenOptionsExt;
+        Arc::new(OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(mounted.path("file")).unwrap())
+    };
+    let file = open();
+    mounted.rule("reads", json!({"match": {"ops": ["read"]}, "fault": {"kind": "stall"}}));
+    let readers = many_readers(&file);
+    eventually_parked(&mounted, MANY);
+    let took = answers_within(&mounted);
+    assert!(took < Duration::from_millis(100), "{took:?}");
+    let released = mounted.http("POST", "/v1/rules/reads/release", Some(&json!({}))).body["released"].as_u64();
+    assert_eq!(released, Some(MANY));
+    assert!(readers.into_iter().all(|reader| reader.join().unwrap()), "each got its own sector");
+    // And the same with every request, and an unmount instead, which lets them go on too. Not by a command: a child would
+    // close the file while it starts, and that stalls as everything does.
+    mounted.check();
+    mounted.rule("all", json!({"fault": {"kind": "stall"}}));
+    let readers = many_readers(&file);
+    eventually_parked(&mounted, MANY);
+    drop(file);
+    assert_eq!(mounted.http("POST", "/v1/unmount", Some(&json!({}))).status, 200);
+    assert!(readers.into_iter().all(|reader| reader.join().unwrap()), "none was told an error");
+    assert!(!is_mounted(&mounted.mountpoint));
 }

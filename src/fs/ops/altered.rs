@@ -17,6 +17,7 @@ use crate::fault::kind::{Amount, Attributes, Elsewhere, Kept, Portion};
 use crate::fault::{Fault, Firing, Op, Rule, Then};
 use crate::fs::buffer;
 use crate::fs::call::{Answer, Call, Caller, Reply};
+use crate::fs::hold::OfCut;
 use crate::fs::inode::Inode;
 use crate::fs::passthrough::is_about;
 use crate::fs::serve::{Core, Told};
@@ -54,7 +55,7 @@ impl Core {
                 let answer = self.dispatch(caller, call, false, reply)?;
                 Ok((misreport(answer, wrong), Some(Told::default())))
             }
-            (Fault::Short(portion), Call::Read { .. }) => self.read_short(call, *portion),
+            (Fault::Short(portion), Call::Read { .. }) => self.read_short(caller, call, *portion),
             (Fault::Short(portion), Call::Write { .. }) => self.write_short(caller, call, *portion),
             (Fault::Torn { keep, then }, Call::Write { .. }) => self.write_torn(caller, call, keep, *then),
             (Fault::Corrupt(corrupt), Call::Read { .. }) => self.read_damaged(call, corrupt, firing),
@@ -78,16 +79,29 @@ impl Core {
         }
     }
 
-    /// A read of a cached file cannot be short without the kernel taking the file for shorter: such files are opened
-    /// uncached while a rule like this is armed.
-    fn read_short(&self, call: &Call<'_>, portion: Portion) -> io::Result<Altered> {
+    /// Through the page cache a short answer would make the kernel take the file for shorter: see [`crate::fs::hold`].
+    fn read_short(&self, caller: &Caller, call: &Call<'_>, portion: Portion) -> io::Result<Altered> {
         let Call::Read { fh, offset, size, flags, .. } = call else { return Err(misfit()) };
-        let cached = self.files.get(*fh)?.cached;
+        let file = self.files.get(*fh)?;
+        let cut = match file.cached && flags & libc::O_DIRECT == 0 {
+            false => None,
+            true => match self.piece(caller, call) {
+                Some(piece) => self.holds.shorten(&piece, portion, stat(&file.file)?.st_size as u64),
+                None => None,
+            },
+        };
+        if let Some((OfCut::Fail, done)) = cut {
+            return Ok((Answer::AskAgain, Some(Told { done: Some(done), ..Told::default() })));
+        }
         let Answer::Data(mut data) = self.read(*fh, *offset, *size, *flags)? else { return Err(misfit()) };
-        let part = portion.of(data.len() as u64).map(|part| whole_sectors(part, *flags));
-        let Some(part) = part.filter(|_| !cached) else { return Ok((Answer::Data(data), None)) };
-        data.truncate(part as usize);
-        Ok((Answer::Data(data), Some(Told { done: Some(part), ..Told::default() })))
+        let done = match cut {
+            Some((_, done)) => Some(done),
+            None => portion.of(data.len() as u64).map(|part| whole_sectors(part, *flags)).filter(|_| !file.cached),
+        };
+        if let (Some(part), false) = (done, file.cached) {
+            data.truncate(part as usize);
+        }
+        Ok((Answer::Data(data), done.map(|done| Told { done: Some(done), ..Told::default() })))
     }
 
     fn write_short(&self, caller: &Caller, call: &Call<'_>, portion: Portion) -> io::Result<Altered> {
