@@ -163,7 +163,8 @@ pub fn sentence(rule: &Value) -> String {
     words.extend(text("fault", "delay"));
     words.extend(text("fault", "jitter").map(|jitter| format!("±{jitter}")));
     words.extend(attributes(rule));
-    words.push(format!("on {}", text("match", "ops").unwrap_or_else(|| "every operation".to_owned())));
+    let usual = rule.get("acts_on").and_then(|ops| plain(ops).flatten()).filter(|ops| ops != "*");
+    words.push(format!("on {}", text("match", "ops").or(usual).unwrap_or_else(|| "every operation".to_owned())));
     words.extend(text("match", "path").map(|path| format!("of {path}")));
     words.extend(text("match", "offset").map(|range| format!("in {range}")));
     words.extend(text("match", "pid").map(|pid| format!("by pid {pid}")));
@@ -213,8 +214,8 @@ fn word(rule: &Value, section: &str, name: &str) -> Option<String> {
 }
 
 /// What the server adds to a rule; a client that sends a rule back leaves it out.
-const ADDED: [&str; 9] =
-    ["matches", "injections", "created", "state", "cursor", "pending", "warnings", "met", "unfired"];
+const ADDED: [&str; 10] =
+    ["acts_on", "matches", "injections", "created", "state", "cursor", "pending", "warnings", "met", "unfired"];
 
 /// A rule as it was sent, from a rule as it was received.
 pub fn definition(rule: &Map<String, Value>) -> Value {

@@ -26,6 +26,7 @@ impl Control {
     fn show_rule(&self, rule: &Rule) -> Value {
         let mut value = serde_json::to_value(&rule.spec).unwrap_or_default();
         let counters = &rule.counters;
+        value["acts_on"] = rule.place.ops.names().into();
         value["matches"] = counters.matches.load(Relaxed).into();
         value["injections"] = counters.injections.load(Relaxed).into();
         value["created"] = rfc3339(rule.created).into();

@@ -120,6 +120,16 @@ impl OpSet {
         Op::ALL.iter().copied().find(|op| op.word() == word)
     }
 
+    /// The operations and conditions of the set, by their words; `*` for all operations.
+    pub fn names(self) -> Vec<&'static str> {
+        if OpSet::all().0 & !self.0 == 0 {
+            return vec!["*"];
+        }
+        let ops = Op::ALL.iter().filter(|op| self.has(**op)).map(|op| op.word());
+        let conditions = [(self.grow(), "grow"), (self.truncate(), "truncate")];
+        ops.chain(conditions.into_iter().filter(|(there, _)| *there).map(|(_, word)| word)).collect()
+    }
+
     /// All words that [`OpSet::parse`] knows.
     pub fn words() -> impl Iterator<Item = &'static str> {
         Op::ALL.iter().map(|op| op.word()).chain(GROUPS.iter().map(|(name, _)| *name))

@@ -153,6 +153,11 @@ pub fn waits_in(tid: u32) -> Waiting {
     }
 }
 
+/// Does the thread wait for a plain read, and not for a mapping?
+pub fn is_in_read(tid: u32) -> bool {
+    matches!(waits_in(tid), Waiting::Call(call) if !call.writes)
+}
+
 /// Reads `17 0x3 0x7f… 0x1000 0x2000 …`: number and arguments, or -1 when it is in no call.
 fn call_in(tid: u32, text: &str) -> Waiting {
     let mut words = text.split_ascii_whitespace();

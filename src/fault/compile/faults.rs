@@ -127,18 +127,25 @@ impl Check {
 
 fn unable(i: usize, word: &str, able: OpSet, fault: &Fault) -> Problem {
     let pointer = format!("#/match/ops/{i}");
-    let problem = match fault {
-        Fault::Error { errors, .. } => {
+    let errors = match fault {
+        Fault::Error { errors, .. } => Some(errors.clone()),
+        Fault::Stall { then: Then::Error(errno), .. } => Some(Errors::One(*errno)),
+        _ => None,
+    };
+    let problem = match (fault, errors) {
+        (_, Some(errors)) => {
             let errno = match errors {
-                Errors::One(errno) => errno::name(*errno).map_or_else(|| errno.to_string(), str::to_string),
+                Errors::One(errno) => errno::name(errno).map_or_else(|| errno.to_string(), str::to_string),
                 _ => "one of these errors".into(),
             };
             let detail = format!("match.ops[{i}]: no storage makes {word:?} fail with {errno}");
             let hint = "the manual page of the operation lists what it can give; with \"force\": true it is given all the same";
             return Problem::new(pointer, detail).hint(hint);
         }
-        Fault::Drop => Problem::new(pointer, format!("match.ops[{i}]: {word:?} cannot be dropped")),
-        other => Problem::new(pointer, format!("match.ops[{i}]: the kind {:?} cannot act on {word:?}", other.word())),
+        (Fault::Drop, _) => Problem::new(pointer, format!("match.ops[{i}]: {word:?} cannot be dropped")),
+        (other, _) => {
+            Problem::new(pointer, format!("match.ops[{i}]: the kind {:?} cannot act on {word:?}", other.word()))
+        }
     };
     let mut words: Vec<&str> = Op::ALL.iter().filter(|op| able.has(**op)).map(|op| op.word()).collect();
     if matches!(fault, Fault::Drop) {
@@ -231,10 +238,11 @@ impl Reader<'_> {
     /// The operations that a fault can act on.
     fn able(&mut self, fault: &Fault) -> OpSet {
         match fault {
-            Fault::Error { errors, .. } if !self.truth("force") => {
-                let possible = Op::ALL.iter().copied().filter(|op| errors.are_possible(*op));
-                possible.fold(OpSet::default(), |set, op| set.with(OpSet::of(&[op])))
+            Fault::Error { errors, .. } => self.able_to_fail(errors),
+            Fault::Stall { then: Then::Error(errno), .. } | Fault::Torn { then: Then::Error(errno), .. } => {
+                self.able_to_fail(&Errors::One(*errno))
             }
+            Fault::BadSectors(bad) => self.able_to_fail(&Errors::One(bad.errno)),
             Fault::Corrupt(_) => self.word(
                 "when",
                 &[("read", OpSet::of(&[Op::Read])), ("write", OpSet::of(&[Op::Write]))],
@@ -242,6 +250,21 @@ impl Reader<'_> {
             ),
             _ => self.kind.able,
         }
+    }
+
+    /// The operations of the kind that can give these errors, or all, where that is forced.
+    fn able_to_fail(&mut self, errors: &Errors) -> OpSet {
+        if self.truth("force") {
+            return self.kind.able;
+        }
+        let possible = Op::ALL.iter().copied().filter(|op| errors.are_possible(*op));
+        let possible = possible.fold(OpSet::default(), |set, op| set.with(OpSet::of(&[op])));
+        let able = self.kind.able.within(possible);
+        if able.is_empty() {
+            let hint = "the manual page of the operation lists what it can give; with \"force\": true it is given all the same";
+            self.found("errno", "no storage makes what this kind acts on fail so", hint);
+        }
+        able
     }
 
     fn errno(&mut self, name: &str, value: &Value) -> Option<i32> {
@@ -383,9 +406,15 @@ impl Reader<'_> {
             }
         }
         let positive = |value: &Value| whole(value).filter(|number| *number > 0);
-        let bits = self.get("bits", "a number of bits above 0", positive).unwrap_or(1);
+        let bits = self.get("bits", "1 to 4096: more is the mode \"random\"", |value| {
+            positive(value).filter(|bits| *bits <= 4096)
+        });
+        let bits = bits.unwrap_or(1);
         let nth = self.get("nth", "the byte of the request, from 1", positive);
         let length = self.size("length");
+        if length == Some(0) {
+            self.found("length", "0 bytes are no damage", "");
+        }
         let value = self.get("value", "a byte: 0 to 255, or \"0xff\"", byte);
         if mode == 3 && value.is_none() && !self.has("value") {
             self.found("value", "the mode \"byte\" needs one", "a byte: 0 to 255, or \"0xff\"");
@@ -467,8 +496,8 @@ impl Reader<'_> {
             size: self.get("size", amount, size_amount),
             blocks: self.get("blocks", amount, size_amount),
             perm: self.get("perm", "in octal: \"0600\"", perm),
-            uid: self.count("uid").and_then(|id| u32::try_from(id).ok()),
-            gid: self.count("gid").and_then(|id| u32::try_from(id).ok()),
+            uid: self.get("uid", "a number of 32 bits", |value| whole(value)?.try_into().ok()),
+            gid: self.get("gid", "a number of 32 bits", |value| whole(value)?.try_into().ok()),
             nlink: self.get("nlink", amount, size_amount),
             atime: self.get("atime", time, time_amount),
             mtime: self.get("mtime", time, time_amount),
@@ -526,7 +555,7 @@ fn part(value: &Value) -> Option<f64> {
         Some(percent) => percent.ok().map(|percent| percent / 100.0),
         None => real(value),
     };
-    fraction.filter(|fraction| (0.0..1.0).contains(fraction))
+    fraction.filter(|fraction| *fraction > 0.0 && *fraction < 1.0)
 }
 
 fn byte(value: &Value) -> Option<u8> {

@@ -20,6 +20,7 @@ use crate::fs::call::{Answer, Call, Caller, Reply};
 use crate::fs::hold::OfCut;
 use crate::fs::inode::Inode;
 use crate::fs::passthrough::is_about;
+use crate::fs::process;
 use crate::fs::serve::{Core, Told};
 use crate::fs::tree::stat;
 
@@ -79,7 +80,8 @@ impl Core {
         }
     }
 
-    /// Through the page cache a short answer would make the kernel take the file for shorter: see [`crate::fs::hold`].
+    /// Through the page cache a short answer would make the kernel take the file for shorter: see [`crate::fs::hold`]. So
+    /// would one for a mapping, which goes through it whatever the handle.
     fn read_short(&self, caller: &Caller, call: &Call<'_>, portion: Portion) -> io::Result<Altered> {
         let Call::Read { fh, offset, size, flags, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
@@ -96,7 +98,8 @@ impl Core {
         let Answer::Data(mut data) = self.read(*fh, *offset, *size, *flags)? else { return Err(misfit()) };
         let done = match cut {
             Some((_, done)) => Some(done),
-            None => portion.of(data.len() as u64).map(|part| whole_sectors(part, *flags)).filter(|_| !file.cached),
+            None if file.cached || !process::is_in_read(caller.tid) => None,
+            None => portion.of(data.len() as u64).map(|part| whole_sectors(part, *flags)),
         };
         if let (Some(part), false) = (done, file.cached) {
             data.truncate(part as usize);
@@ -193,9 +196,12 @@ impl Core {
         let Some(place) = elsewhere.of(offset) else {
             return Ok((self.write(caller, call, &Manner::Kept)?, None));
         };
+        let Call::Write { fh, .. } = call else { return Err(misfit()) };
+        let size = (stat(&self.files.get(*fh)?.file)?.st_size as u64).max(offset + length);
         let answer = self.write(caller, call, &Manner::Astray { place, mark: mark(firing) })?;
-        let changed = Some(Arc::new(vec![offset..offset + length, place..place + length]));
-        Ok((answer, Some(Told { changed, ..Told::default() })))
+        let landed = place..(place + length).min(size).max(place);
+        let changed = [offset..offset + length, landed].into_iter().filter(|range| !range.is_empty()).collect();
+        Ok((answer, Some(Told { changed: Some(Arc::new(changed)), ..Told::default() })))
     }
 
     /// Is some rule armed that makes reads of this file short?

@@ -422,20 +422,13 @@ impl Change<'_> {
                 }
                 Ok(written)
             }
-            Manner::Astray { place, mark } => self.put_astray(*place, mark, data, offset, put),
+            Manner::Astray { place, mark } => self.put_astray(*place, mark, data, offset),
         }
     }
 
     /// The data lands elsewhere: there it covers what the file has, and where it should be all stays as it was. The file
     /// becomes as long as it would have, because its size is not on the place of its data.
-    fn put_astray(
-        &mut self,
-        place: u64,
-        mark: &Mark,
-        data: &[u8],
-        offset: u64,
-        put: impl Fn(&[u8], u64) -> io::Result<usize>,
-    ) -> io::Result<usize> {
+    fn put_astray(&mut self, place: u64, mark: &Mark, data: &[u8], offset: u64) -> io::Result<usize> {
         room_to_keep(2 * data.len())?;
         let end = offset + data.len() as u64;
         let size = end.max(stat(self.fd)?.st_size as u64);
@@ -444,10 +437,11 @@ impl Change<'_> {
         }
         let there = data.len().min(size.saturating_sub(place) as usize);
         let mut covered = vec![0; there];
-        let readable = File::from(self.inode.open(libc::O_RDONLY)?);
-        let had = read_at(&readable, &mut covered, place)?;
+        // Not past the page cache: the place need not be aligned as the right one was.
+        let file = File::from(self.inode.open(libc::O_RDWR)?);
+        let had = read_at(&file, &mut covered, place)?;
         covered.truncate(had);
-        put(&data[..had], place)?;
+        file.write_all_at(&data[..had], place)?;
         self.wrote(false, place..place + had as u64);
         self.keep_original(offset, data, mark);
         self.keep_original(place, &covered, mark);
