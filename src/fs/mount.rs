@@ -46,7 +46,8 @@ fn holder(pid: u32, place: &Path, directories: bool) -> Option<Holder> {
     let maps = fs::read_dir(process.join("map_files")).into_iter().flatten().flatten().map(|entry| entry.path());
     let places = ["cwd", "root", "exe"].into_iter().map(|name| process.join(name)).chain(maps);
     let what = files
-        .chain(places.filter(|_| directories))
+        // Not even looked at otherwise: the mappings of a process that is stuck in a page fault cannot be read.
+        .chain(directories.then_some(places).into_iter().flatten())
         .filter_map(|link| fs::read_link(link).ok())
         .find(|target| target.starts_with(place))?;
     let comm = fs::read_to_string(process.join("comm")).unwrap_or_default().trim().to_string();

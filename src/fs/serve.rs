@@ -30,7 +30,7 @@ use super::readers::Readers;
 use super::tree::Tree;
 use super::workers::Workers;
 use crate::event::{Injection, Ring};
-use crate::fault::kind::Target;
+use crate::fault::kind::{Target, Timing};
 use crate::fault::{Decision, Fault, Firing, Op, Outcome, Rule, Then, decide};
 use crate::space::Capacity;
 
@@ -196,8 +196,8 @@ impl Core {
             self.holds.told(&piece, errno, firing);
         }
         self.inject(caller, &call, firing, told);
-        if let Call::Release { .. } | Call::Releasedir { .. } = call {
-            // The kernel ignores the error, and the handle is gone either way.
+        if let (Call::Release { .. } | Call::Releasedir { .. }, false) = (&call, is_done(firing)) {
+            // The kernel ignores the error, and the handle is gone either way: once, because its number may be another's by now.
             let _ = self.perform(caller, &call, &mut Reply::None);
         }
         reply.error(errno);
@@ -295,7 +295,7 @@ impl Core {
         self.readers.about_to_answer();
         match performed {
             Ok((answer, Some(told))) if told.errno.is_some() => {
-                self.take_back(answer);
+                self.take_back(&call, answer);
                 return self.fail(caller, call, reply, firing, told);
             }
             Ok((answer, told)) => {
@@ -435,6 +435,11 @@ pub enum Ended {
     /// What held it is no more: it goes on as if it had never been held.
     Removed,
     CallerDied,
+}
+
+/// Was the request done before its error is told?
+fn is_done(firing: &Firing) -> bool {
+    matches!(firing.fault(), Fault::Error { timing: Timing::After, .. })
 }
 
 /// A process that is gone needs no signal.

@@ -4,13 +4,16 @@
 //! that hangs; [`files`] what a program sees with nothing armed; [`model`] that this is what the bare directory shows, by
 //! random operations on both; [`limits`] what FUSE cannot pass; [`write_path`] what a write costs; [`passthrough`] files
 //! that the kernel serves; [`rules`] rules through the socket and their counting; [`faults`] what a program sees of each
-//! fault; [`kinds`] what real programs say of each kind; [`sweep`] the fault at every point; [`parking`] delayed and stalled requests; [`space`] capacity;
+//! fault; [`shapes`] what it sees of each kind, call by call, by [`calls`]; [`engine`] which requests a rule meets and fires on;
+//! [`kinds`] what real programs say of each kind; [`sweep`] the fault at every point; [`parking`] delayed and stalled requests; [`space`] capacity;
 //! [`events`] the stream; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the
 //! documents are true; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
 
 mod alive;
+mod calls;
 mod databases;
 mod docs;
+mod engine;
 mod events;
 mod faults;
 mod files;
@@ -23,6 +26,7 @@ mod mount;
 mod parking;
 mod passthrough;
 mod rules;
+mod shapes;
 mod space;
 mod support;
 mod sweep;

@@ -68,8 +68,10 @@ impl Core {
     }
 
     /// What a caller is not told after all: references and handles that the kernel will not give back.
-    pub fn take_back(&self, answer: Answer) {
+    pub fn take_back(&self, call: &Call<'_>, answer: Answer) {
         match answer {
+            // Files and directories are numbered apart.
+            Answer::Opened(fh, _) if matches!(call, Call::Opendir { .. }) => self.files.close_directory(fh),
             Answer::Entry(entry) => self.forget(entry.attr.ino.0, 1),
             Answer::Created(entry, fh, _) => {
                 let _ = self.release(fh);
@@ -112,7 +114,11 @@ impl Core {
         let cached = self.files.get(*fh)?.cached;
         // Nobody waits for what a mapping writes back, and of a direct write through a cache the kernel makes an error.
         let can_be = !origin.writeback && (flags & libc::O_DIRECT == 0 || !cached);
-        let part = portion.of(data.len() as u64).map(|part| whole_sectors(part, *flags)).filter(|_| can_be);
+        let length = data.len() as u64;
+        // The disk below takes no less than a sector past the cache.
+        let least = if flags & libc::O_DIRECT == 0 { 1 } else { SECTOR };
+        let part = portion.of(length).map(|part| whole_sectors(part, *flags).max(least));
+        let part = part.filter(|part| can_be && *part < length);
         let Some(part) = part else { return Ok((self.write(caller, call, &Manner::Kept)?, None)) };
         let (data, flags, origin) = (data[..part as usize].into(), *flags, *origin);
         let shorter = Call::Write { ino: *ino, fh: *fh, offset: *offset, data, flags, origin };

@@ -153,8 +153,9 @@ impl Core {
     pub(super) fn write(&self, caller: &Caller, call: &Call<'_>, manner: &Manner) -> io::Result<Answer> {
         let Call::Write { fh, offset, data, flags, origin, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
-        // For a mapping there is no caller whose flags count.
-        let (to, direct) = file.for_io(if origin.writeback { *flags & !libc::O_DIRECT } else { *flags })?;
+        // For a mapping there is no caller whose flags count, and what goes in parts or astray need not be of whole sectors.
+        let astray = matches!(manner, Manner::Parts(_) | Manner::Astray { .. });
+        let (to, direct) = file.for_io(if origin.writeback || astray { *flags & !libc::O_DIRECT } else { *flags })?;
         let put = |data: &[u8], offset: u64| match origin.kill_suidgid {
             true => without_fsetid(caller, &file.inode, || write_at(to, data, offset, direct)),
             false => write_at(to, data, offset, direct),
@@ -443,8 +444,9 @@ impl Change<'_> {
         covered.truncate(had);
         file.write_all_at(&data[..had], place)?;
         self.wrote(false, place..place + had as u64);
-        self.keep_original(offset, data, mark);
+        // Where the two places overlap, what was to be written there is right.
         self.keep_original(place, &covered, mark);
+        self.keep_original(offset, data, mark);
         Ok(data.len())
     }
 
