@@ -9,12 +9,13 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
+use crate::client::rule_file::{self, definition};
 use crate::client::{ClientError, Reply, exit, segment, with_query};
 
 use super::args::{Span, pair, quoted};
 use super::console::Outcome;
 use super::rule_args::{FaultArgs, MatchArgs, TriggerArgs, given};
-use super::rule_text::{command, definition, sentence};
+use super::rule_text::{command, sentence};
 use super::session::{Session, World, changed, on_each, shown};
 use super::{events, table};
 
@@ -344,67 +345,97 @@ pub fn load(file: &str) -> Result<Value, ClientError> {
         file => std::fs::File::open(file).and_then(|mut open| open.read_to_string(&mut text)),
     };
     read.map_err(|error| ClientError::failed(format!("{file}: {error}")))?;
-    parse(&text).map_err(|error| ClientError::failed(format!("{file}: {error}")))
-}
-
-fn parse(text: &str) -> Result<Value, String> {
-    let document: Value = if text.trim_start().starts_with(['{', '[']) && !text.trim_start().starts_with("[[") {
-        // A table header of TOML begins like a list of JSON, and what fails as the one may be the other.
-        serde_json::from_str(text).or_else(|error| toml::from_str(text).map_err(|_| error.to_string()))?
-    } else {
-        toml::from_str(text).map_err(|error| error.to_string())?
-    };
-    Ok(as_set(document))
-}
-
-fn as_set(document: Value) -> Value {
-    match document {
-        Value::Array(rules) => json!({"rules": rules.iter().map(stripped).collect::<Vec<_>>()}),
-        Value::Object(fields) if fields.contains_key("rules") => {
-            let mut fields = fields;
-            fields.remove("cursor");
-            fields.remove("pending");
-            fields.remove("warnings");
-            if let Some(Value::Array(rules)) = fields.get_mut("rules") {
-                *rules = rules.iter().map(stripped).collect();
-            }
-            Value::Object(fields)
-        }
-        Value::Object(fields) if fields.is_empty() => json!({"rules": []}),
-        rule => json!({"rules": [stripped(&rule)]}),
-    }
-}
-
-fn stripped(rule: &Value) -> Value {
-    rule.as_object().map_or_else(|| rule.clone(), definition)
+    rule_file::parse(&text).map_err(|error| ClientError::failed(format!("{file}: {error}")))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use clap::Parser;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    use super::super::{Cli, Verb};
     use super::*;
 
-    #[test]
-    fn rules_are_read_from_toml_and_json_one_or_many() {
-        let rule = json!({"name": "a", "fault": {"kind": "drop"}});
-        let set = json!({"rules": [rule]});
-        for text in [
-            "[[rules]]\nname = \"a\"\nfault = { kind = \"drop\" }\n",
-            "name = \"a\"\n[fault]\nkind = \"drop\"\n",
-            "  {\"rules\":[{\"name\":\"a\",\"fault\":{\"kind\":\"drop\"}}]}",
-            "{\"name\":\"a\",\"fault\":{\"kind\":\"drop\"}}",
-            "[{\"name\":\"a\",\"fault\":{\"kind\":\"drop\"}}]",
-        ] {
-            assert_eq!(parse(text).unwrap(), set, "{text}");
+    /// What a rule says, in words: without what is nothing, and without what is so when nobody says it.
+    fn said(rule: &Value) -> BTreeMap<String, String> {
+        let usual = ["probability=1", "skip=0", "every=1", "per=mount", "enabled=true", "required=false"];
+        let mut said = BTreeMap::new();
+        for (section, value) in rule.as_object().unwrap() {
+            let fields = match value {
+                Value::Object(fields) => fields.clone(),
+                other => Map::from_iter([(String::new(), other.clone())]),
+            };
+            for (name, value) in fields {
+                let name = if name.is_empty() { section.clone() } else { name };
+                let text = word(&value);
+                let switch = ["any", "force", "heal_on_write"].contains(&name.as_str()) && text == "false";
+                if !text.is_empty() && !switch && !usual.contains(&format!("{name}={text}").as_str()) {
+                    said.insert(format!("{section}/{name}"), text);
+                }
+            }
         }
-        assert_eq!(parse("").unwrap(), json!({"rules": []}));
-        assert_eq!(parse("[fault]\nkind = \"drop\"\n").unwrap(), json!({"rules": [{"fault": {"kind": "drop"}}]}));
+        said
     }
 
-    #[test]
-    fn a_listing_can_be_applied_again_and_other_unknown_fields_stay_for_the_server_to_refuse() {
-        let listing =
-            "{\"rules\":[{\"name\":\"a\",\"matches\":1,\"state\":\"armed\",\"x\":1}],\"cursor\":\"b-1\",\"y\":2}";
-        assert_eq!(parse(listing).unwrap(), json!({"rules": [{"name": "a", "x": 1}], "y": 2}));
-        assert!(parse("not a rule").is_err());
+    fn word(value: &Value) -> String {
+        match value {
+            Value::Null => String::new(),
+            Value::String(text) => text.clone(),
+            Value::Array(items) => items.iter().map(word).collect::<Vec<_>>().join(","),
+            Value::Object(fields) => fields.values().map(word).collect::<Vec<_>>().join("="),
+            other => other.to_string().trim_end_matches(".0").to_owned(),
+        }
+    }
+
+    fn fault() -> impl Strategy<Value = Value> {
+        let switch = || any::<Option<bool>>();
+        let numbers = || (1..u64::MAX, -1_000_000i64..1_000_000, 0.0..1.0);
+        prop_oneof![
+            switch().prop_map(|force| json!({"kind": "error", "errno": "EIO", "force": force, "any": false})),
+            numbers()
+                .prop_map(|(n, _, _)| json!({"kind": "error", "errors": [{"errno": "EIO", "weight": n}, "EPERM"]})),
+            numbers().prop_map(|(_, _, part)| json!({"kind": "short", "fraction": part})),
+            numbers().prop_map(|(n, _, _)| json!({"kind": "corrupt", "mode": "bitflip", "bits": n, "length": n})),
+            numbers().prop_map(|(_, by, _)| json!({"kind": "misdirect", "offset_delta": by})),
+            numbers().prop_map(|(n, by, _)| json!({"kind": "attr", "uid": n, "mtime": by, "perm": "0600"})),
+            switch()
+                .prop_map(|heals| json!({"kind": "bad_sectors", "ranges": ["0..1", "4KiB.."], "heal_on_write": heals})),
+            select(vec!["20%3*return(EIO)->sleep(10ms)", "pause", "'\"$HOME\"'"]).prop_map(Value::from),
+        ]
+    }
+
+    fn place() -> impl Strategy<Value = Value> {
+        let text = || prop::option::of("[-a-z*'\" $=,\\\\é]{1,8}");
+        (text(), text(), text(), any::<Option<u32>>(), any::<Option<bool>>()).prop_map(|(path, regex, comm, id, direct)| {
+            let path = path.map(|path| format!("/{path}"));
+            json!({"ops": ["write", "grow"], "path": path, "path_regex": regex, "comm": comm, "pid": id, "tree": id, "uid": id,
+                "gid": id, "offset": "0..1MiB", "length": null, "direct": direct, "type": "file"})
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// What `rule show` and each undo tell makes the rule that it is told of.
+        #[test]
+        fn the_command_of_a_rule_makes_that_rule(fault in fault(), place in place(), n in any::<Option<u64>>(), chance in 0.0..=1.0,
+            on in any::<[bool; 2]>(), labels in prop::collection::btree_map("[-a-z= ]{0,4}", "[-a-z= '\"\0]{0,4}", 0..3)) {
+            let trigger = json!({"probability": chance, "skip": n.unwrap_or(0), "every": 1, "times": n, "per": "file", "after": "1s",
+                "after_bytes": n, "after_rule": "other", "for": "5m", "up": "1s", "down": "2s 3ms", "seed": n});
+            let rule = json!({"name": "r", "enabled": on[0], "required": on[1], "match": place, "trigger": trigger,
+                "fault": fault, "labels": labels});
+            let untold = labels.iter().any(|(key, value)| key.is_empty() || key.contains('=') || value.contains('\0'));
+            let Some(words) = command(&rule) else {
+                prop_assert!(untold, "{}", rule);
+                return Ok(());
+            };
+            let words = shlex::split(&format!("nemesisfs {words}")).unwrap();
+            let parsed = Cli::try_parse_from(&words).map_err(|error| TestCaseError::fail(format!("{words:?}: {error}")))?;
+            let Verb::Rule(RuleCommand::Add(args)) = parsed.verb else { panic!("{words:?}") };
+            prop_assert_eq!(said(&args.spec()), said(&rule));
+        }
     }
 }

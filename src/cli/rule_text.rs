@@ -2,7 +2,7 @@
 //!
 //! Thread: the caller's. Locks: none. Must never: guess; a rule that no command line can express has none.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::args::quoted;
 
@@ -80,7 +80,9 @@ const SWITCHES: [&str; 3] = ["any", "force", "heal_on_write"];
 
 /// The words of the command that makes this rule, without the program's name.
 pub fn command(rule: &Value) -> Option<String> {
-    let mut words = vec!["rule add".to_owned(), quoted(rule.get("name")?.as_str()?)];
+    // A name that begins with a dash would be read as a flag.
+    let name = rule.get("name")?.as_str().filter(|name| !name.starts_with('-'))?;
+    let mut words = vec!["rule add".to_owned(), quoted(name)];
     for section in ["fault", "match", "trigger"] {
         words.extend(flags(rule, section)?);
     }
@@ -91,9 +93,14 @@ pub fn command(rule: &Value) -> Option<String> {
         words.push("--required".to_owned());
     }
     for (key, value) in rule.get("labels").and_then(Value::as_object).into_iter().flatten() {
-        words.push(format!("--label {}", quoted(&format!("{key}={}", value.as_str()?))));
+        if key.is_empty() || key.contains('=') {
+            return None;
+        }
+        let between = if key.starts_with('-') { '=' } else { ' ' };
+        words.push(format!("--label{between}{}", quoted(&format!("{key}={}", value.as_str()?))));
     }
-    Some(words.join(" "))
+    // No command line has such a character.
+    Some(words.join(" ")).filter(|words| !words.contains('\0'))
 }
 
 /// The words for one section of a rule, if there are flags for all that it says.
@@ -117,13 +124,15 @@ fn flag(section: &str, name: &str, value: &Value) -> Option<Option<String>> {
         // The attributes of a kind that share their name with a condition, or are new to this client.
         return (section == "fault").then(|| Some(format!("--set {}", quoted(&format!("{name}={text}")))));
     };
-    if text == "true" && SWITCHES.contains(&name) {
-        return Some(Some(field.flag.to_owned()));
+    if SWITCHES.contains(&name) {
+        return Some((text == "true").then(|| field.flag.to_owned()));
     }
     if field.default == Some(text.as_str()) {
         return Some(None);
     }
-    Some(Some(format!("{} {}", field.flag, quoted(&text))))
+    // What begins with a dash would be read as the next flag.
+    let between = if text.starts_with('-') { '=' } else { ' ' };
+    Some(Some(format!("{}{between}{}", field.flag, quoted(&text))))
 }
 
 /// A value as one word: nothing for what is absent, no answer for what is no word.
@@ -211,17 +220,6 @@ fn conditions(text: &dyn Fn(&str, &str) -> Option<String>) -> Vec<String> {
 
 fn word(rule: &Value, section: &str, name: &str) -> Option<String> {
     plain(rule.get(section)?.get(name)?).flatten()
-}
-
-/// What the server adds to a rule; a client that sends a rule back leaves it out.
-const ADDED: [&str; 10] =
-    ["acts_on", "matches", "injections", "created", "state", "cursor", "pending", "warnings", "met", "unfired"];
-
-/// A rule as it was sent, from a rule as it was received.
-pub fn definition(rule: &Map<String, Value>) -> Value {
-    Value::Object(
-        rule.iter().filter(|(key, _)| !ADDED.contains(&key.as_str())).map(|(k, v)| (k.clone(), v.clone())).collect(),
-    )
 }
 
 #[cfg(test)]

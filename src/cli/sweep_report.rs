@@ -291,7 +291,7 @@ mod tests {
         for options in [
             "--kind error --errno EIO --op write,fsync --path '/db*' --verify 'test -e \"{mnt}/x\"'",
             "--fault 'return(EIO)' --match op=write --persistent --per file",
-            r#"--fault '{"kind":"error","errors":[{"errno":"EIO","weight":1}]}' --times 3 --timeout 5s"#,
+            r#"--fault '{"kind":"torn","keep":{"parts":3,"persist":[1]}}' --times 3 --timeout 5s"#,
         ] {
             let first = args(&format!("nemesisfs sweep {options} -- prog 'a b'"));
             let report = Report::new("n".into(), "/m".into(), first.rule().unwrap());

@@ -7,6 +7,7 @@
 pub mod error;
 pub mod host;
 pub mod instances;
+pub mod rule_file;
 mod stream;
 
 use std::future::Future;

@@ -13,12 +13,13 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use futures_util::stream::{self, Stream};
-use globset::{GlobBuilder, GlobMatcher};
+use globset::GlobMatcher;
 use serde_json::{Map, Value, json};
 
 use super::problem::Problem;
 use super::{Answer, Control, Shared, body};
 use crate::event::{Cursor, Filter, Read};
+use crate::fault::compile::{name_glob, path_glob};
 
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
@@ -102,8 +103,8 @@ fn text<'a>(query: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
 fn filter(query: &Map<String, Value>) -> Result<Filter, Problem> {
     let glob = |name: &str| -> Result<Option<GlobMatcher>, Problem> {
         let Some(glob) = text(query, name) else { return Ok(None) };
-        let built = GlobBuilder::new(glob).literal_separator(name == "path").build();
-        let bad = |error: globset::Error| Problem::bad_request(format!("{name}: {error}"));
+        let built = if name == "path" { path_glob(glob) } else { name_glob(glob) };
+        let bad = |error: String| Problem::bad_request(format!("{name}: {error}"));
         Ok(Some(built.map_err(bad)?.compile_matcher()))
     };
     Ok(Filter {

@@ -15,7 +15,7 @@ use super::op::OpSet;
 use super::plan::{Counters, Place, Rule};
 use super::spec::RuleSpec;
 
-pub use places::path_glob;
+pub use places::{name_glob, path_glob};
 
 /// Names that clients cannot take.
 pub const RESERVED: &[&str] = &["mode", "space"];
@@ -53,9 +53,13 @@ impl Problem {
 /// The known word most like this one, if any is like it at all.
 pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let lower = word.to_lowercase();
+    let letters = lower.chars().count();
+    // No two words are nearer than their lengths: what a client has made long costs nothing.
+    let most = |candidate: &str| 1 + candidate.len().max(word.len()) / 3;
     known
+        .filter(|candidate| candidate.chars().count().abs_diff(letters) <= most(candidate))
         .map(|candidate| (strsim::damerau_levenshtein(&lower, &candidate.to_lowercase()), candidate))
-        .filter(|(distance, candidate)| *distance <= 1 + candidate.len().max(word.len()) / 3)
+        .filter(|(distance, candidate)| *distance <= most(candidate))
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
 }
@@ -149,6 +153,11 @@ pub fn bytes(text: &str) -> Option<u64> {
 pub fn nanoseconds(text: &str) -> Option<u64> {
     let duration = humantime::parse_duration(text.trim()).ok()?;
     u64::try_from(duration.as_nanos()).ok()
+}
+
+/// A name as a part of a JSON pointer (RFC 6901).
+pub(super) fn escaped(name: &str) -> String {
+    name.replace('~', "~0").replace('/', "~1")
 }
 
 /// `#/match/ops` as people write it: `match.ops`.

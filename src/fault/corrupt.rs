@@ -38,15 +38,7 @@ impl Corrupt {
         let mut changed = Vec::new();
         match self.mode {
             Mode::Bitflip { bits } => {
-                let room = place.len() as u64 * 8;
-                let mut flipped = Vec::new();
-                for k in 0..bits.min(room) {
-                    // A bit that was drawn before is passed on to the next one.
-                    let mut bit = below(draw(k + 1), room);
-                    while flipped.contains(&bit) {
-                        bit = (bit + 1) % room;
-                    }
-                    flipped.push(bit);
+                for bit in distinct(bits, place.len() as u64 * 8, |k| draw(k + 1)) {
                     let at = place.start + (bit / 8) as usize;
                     data[at] ^= 1 << (bit % 8);
                     changed.push(at);
@@ -85,6 +77,21 @@ impl Corrupt {
 
 fn below(draw: f64, limit: u64) -> u64 {
     ((draw * limit as f64) as u64).min(limit.saturating_sub(1))
+}
+
+/// So many different numbers below a limit, or all of them. By Floyd's algorithm, which costs one draw for each however
+/// many there are.
+fn distinct(count: u64, limit: u64, mut draw: impl FnMut(u64) -> f64) -> Vec<u64> {
+    let mut taken = vec![0u64; (limit as usize).div_ceil(64)];
+    let mut found = Vec::new();
+    for (k, last) in (limit.saturating_sub(count)..limit).enumerate() {
+        let drawn = below(draw(k as u64), last + 1);
+        let is_taken = taken[(drawn / 64) as usize] & 1 << (drawn % 64) != 0;
+        let number = if is_taken { last } else { drawn };
+        taken[(number / 64) as usize] |= 1 << (number % 64);
+        found.push(number);
+    }
+    found
 }
 
 fn set(data: &mut [u8], place: Range<usize>, changed: &mut Vec<usize>, mut value: impl FnMut(u64, u8) -> u8) {
@@ -141,6 +148,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn as_many_bits_as_there_are_take_no_longer_than_it_takes_to_draw_them() {
+        let began = std::time::Instant::now();
+        let mut data = vec![0u8; 1 << 17];
+        let corrupt = Corrupt { mode: Mode::Bitflip { bits: u64::MAX }, length: None, nth: None };
+        assert_eq!(corrupt.damage(&mut data, draws(1)).first(), Some(&(0..1 << 17)));
+        assert!(data.iter().all(|byte| *byte == 0xff));
+        assert!(began.elapsed().as_secs() < 10);
     }
 
     #[test]

@@ -162,10 +162,18 @@ fn apply(firing: Firing, op: Op, decision: &mut Decision) -> bool {
         Fault::Kill { .. } => decision.kills.push(firing),
         Fault::Stall { then, .. } => {
             let decided = matches!(then, super::kind::Then::Error(_));
-            // A second stall adds nothing to the first that does not end by itself either.
-            if decision.stall.is_none() || decided {
-                decision.stall = Some(firing);
-            }
+            // A second stall adds nothing to the first, unless it decides: then the first adds nothing to it.
+            let idle = match decision.stall.take() {
+                Some(first) if !decided => {
+                    decision.stall = Some(first);
+                    Some(firing)
+                }
+                first => {
+                    decision.stall = Some(firing);
+                    first
+                }
+            };
+            idle.inspect(Firing::revoke);
             return decided;
         }
         // A read that is done and then fails is one that failed.
@@ -191,9 +199,11 @@ fn ask(rule: &Arc<Rule>, facts: &impl Facts, path_known: bool) -> Option<Firing>
     if !matches(rule, facts, path_known) {
         return None;
     }
-    if rule.heals_by(facts.op()) && !rule.place.ops.has(facts.op()) {
+    if rule.heals_by(facts.op()) {
         rule.heal(facts);
-        return None;
+        if !rule.acts_on(facts) {
+            return None;
+        }
     }
     rule.counters.matches.fetch_add(1, Relaxed);
     let (key, scope) = rule.scope(facts);
@@ -202,7 +212,8 @@ fn ask(rule: &Arc<Rule>, facts: &impl Facts, path_known: bool) -> Option<Firing>
         return None;
     }
     let n = counts.n.fetch_add(1, Relaxed) + 1;
-    if !rule.fires(key, n) {
+    // What is used up takes nothing from its terms.
+    if !rule.fires(key, n) || rule.trigger.times.is_some_and(|times| counts.injections.load(Relaxed) >= times) {
         return None;
     }
     let (term, delay_ns) = rule.choose(key, n, facts)?;
@@ -210,7 +221,11 @@ fn ask(rule: &Arc<Rule>, facts: &impl Facts, path_known: bool) -> Option<Firing>
         Some(Fault::BadSectors(bad)) => rule.bad_sector(term, bad, facts),
         _ => None,
     };
-    let nth = rule.claim(counts)?;
+    let Some(nth) = rule.claim(counts) else {
+        // Another thread had the last one.
+        rule.counters.terms[term].fired.fetch_sub(1, Relaxed);
+        return None;
+    };
     Some(Firing { rule: rule.clone(), nth, delay_ns, place, term, n, key, scope })
 }
 
@@ -252,9 +267,8 @@ fn touches(range: Option<(u64, u64)>, wanted: &std::ops::Range<u64>) -> bool {
 }
 
 fn meets_condition(ops: OpSet, facts: &impl Facts) -> bool {
-    ops.has(facts.op())
-        || (ops.truncate() && facts.truncates())
-        || (ops.grow() && facts.op().can_grow() && facts.grows())
+    let holds = || if facts.op() == Op::Setattr { facts.truncates() } else { facts.grows() };
+    ops.has(facts.op()) || (ops.has_on_condition(facts.op()) && holds())
 }
 
 /// For a rule that must fire: how far does this request get?
@@ -315,13 +329,14 @@ impl Rule {
             let part = bad.start.max(range.start)..bad.end.min(range.end);
             healed.map_or_else(|| vec![part.clone()], |healed| healed.gaps(part.clone()))
         });
-        parts.map(|part| part.start).min()
+        parts.filter(|part| !part.is_empty()).map(|part| part.start).min()
     }
 
     /// Sectors that are written whole are good again.
     fn heal(&self, facts: &impl Facts) {
         let Some((offset, length)) = facts.range() else { return };
-        let whole = offset.next_multiple_of(SECTOR)..(offset + length) / SECTOR * SECTOR;
+        let Some(start) = offset.checked_next_multiple_of(SECTOR) else { return };
+        let whole = start..offset.saturating_add(length) / SECTOR * SECTOR;
         if whole.start < whole.end {
             for state in &self.counters.terms {
                 state.healed.lock().entry(facts.path_key()).or_default().add(whole.clone());
@@ -343,7 +358,7 @@ impl Rule {
     /// Do the conditions on time and on others hold?
     fn is_awake(&self, facts: &impl Facts, counts: &Scope) -> bool {
         let trigger = &self.trigger;
-        let enough = trigger.after_bytes == 0 || counts.bytes.fetch_add(facts.bytes(), Relaxed) >= trigger.after_bytes;
+        let enough = trigger.after_bytes == 0 || counts.moved(facts.bytes()) >= trigger.after_bytes;
         let since = || facts.now_ns().saturating_sub(self.armed_ns);
         enough
             && (trigger.after_ns == 0 || since() >= trigger.after_ns)

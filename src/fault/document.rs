@@ -4,7 +4,7 @@
 
 use serde::de::DeserializeOwned;
 
-use super::compile::{Problem, nearest};
+use super::compile::{Problem, escaped, nearest};
 use super::spec::RuleSpec;
 
 /// Reads a JSON document as `T`.
@@ -42,22 +42,32 @@ fn problem(path: &serde_path_to_error::Path, message: &str) -> Problem {
             Segment::Enum { .. } | Segment::Unknown => None,
         })
         .collect();
-    // serde counts lines of a body that nobody sees as lines.
-    let message = message.split(" at line ").next().unwrap_or(message);
-    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    let message = without_line(message);
     let mut pointer = parts.clone();
     let mut hint = None;
-    if let Some((unknown, known)) = quoted.split_first().filter(|_| message.starts_with("unknown field")) {
-        if pointer.last().map(String::as_str) != Some(*unknown) {
+    // What is known has no quotes in it; what a client has sent may.
+    let unknown = message.strip_prefix("unknown field `").and_then(|rest| rest.rsplit_once("`, expected "));
+    if let Some((unknown, expected)) = unknown {
+        if pointer.last().map(String::as_str) != Some(unknown) {
             pointer.push(unknown.to_string());
         }
+        let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
         hint = nearest(unknown, known.iter().copied()).map(|near| format!("did you mean \"{near}\"?"));
         hint = hint.or_else(|| Some(format!("one of: {}", known.join(" "))));
     }
     let place = if parts.is_empty() { String::new() } else { format!("{}: ", parts.join(".")) };
-    let pointer = pointer.iter().map(|part| format!("/{}", part.replace('~', "~0").replace('/', "~1")));
+    let pointer = pointer.iter().map(|part| format!("/{}", escaped(part)));
     let pointer = format!("#{}", pointer.collect::<String>());
     Problem { hint, ..Problem::new(pointer, format!("{place}{}", message.replace('`', "\""))) }
+}
+
+/// serde counts lines of a body that nobody sees as lines.
+fn without_line(message: &str) -> &str {
+    let is_place = |place: &str| place.split(" column ").all(|number| number.parse::<u64>().is_ok());
+    match message.rsplit_once(" at line ") {
+        Some((before, place)) if is_place(place) => before,
+        _ => message,
+    }
 }
 
 /// A rule: as the contract has it, or terms alone (`"20%return(EIO)"`), which act on everything.

@@ -218,9 +218,10 @@ impl Kept {
         let mut ranges: Vec<Range<u64>> = match self {
             Kept::Bytes(bytes) => first(offset.saturating_add(*bytes)),
             Kept::Sectors(count) => first((offset / SECTOR).saturating_add(*count).saturating_mul(SECTOR)),
-            Kept::Fraction(fraction) => first(offset + (length as f64 * fraction) as u64),
+            Kept::Fraction(fraction) => first(offset.saturating_add((length as f64 * fraction) as u64)),
             Kept::Parts { of, persist } => {
-                let border = |part: u64| offset + (u128::from(length) * u128::from(part) / u128::from(*of)) as u64;
+                let within = |part: u64| (u128::from(length) * u128::from(part) / u128::from(*of)) as u64;
+                let border = |part: u64| offset.saturating_add(within(part));
                 let mut parts: Vec<u64> = persist.iter().copied().filter(|part| (1..=*of).contains(part)).collect();
                 parts.sort_unstable();
                 parts.dedup();

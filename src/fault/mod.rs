@@ -14,6 +14,8 @@ pub mod index;
 pub mod kind;
 pub mod op;
 pub mod plan;
+#[cfg(test)]
+mod properties;
 pub mod spec;
 pub mod term;
 pub mod why;

@@ -33,37 +33,35 @@ operations! {
     Removexattr "removexattr", Access "access", Lseek "lseek", Ioctl "ioctl",
 }
 
-impl Op {
-    /// Operations that can need blocks which the file does not have yet.
-    pub const fn can_grow(self) -> bool {
-        matches!(self, Op::Write | Op::CopyFileRange | Op::Fallocate)
-    }
-}
-
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.word())
     }
 }
 
-/// A set of operations and of the two conditions.
+/// A set of operations, some of them only where their condition holds: a write that needs space, a setattr that changes
+/// the size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct OpSet(u64);
+pub struct OpSet {
+    always: u64,
+    /// Of operations that a condition is known of.
+    on_condition: u64,
+}
 
 impl OpSet {
-    /// The request needs space that the file does not have yet.
-    const GROW: u64 = 1 << 40;
-    /// A setattr that changes the size.
-    const TRUNCATE: u64 = 1 << 41;
-
     pub const fn of(ops: &[Op]) -> OpSet {
-        let mut bits = 0;
+        let mut always = 0;
         let mut i = 0;
         while i < ops.len() {
-            bits |= 1 << ops[i] as u8;
+            always |= 1 << ops[i] as u8;
             i += 1;
         }
-        OpSet(bits)
+        OpSet { always, on_condition: 0 }
+    }
+
+    /// Operations where their condition holds.
+    const fn on_condition(ops: &[Op]) -> OpSet {
+        OpSet { always: 0, on_condition: OpSet::of(ops).always }
     }
 
     pub const fn all() -> OpSet {
@@ -71,40 +69,39 @@ impl OpSet {
     }
 
     pub const fn with(self, other: OpSet) -> OpSet {
-        OpSet(self.0 | other.0)
+        OpSet { always: self.always | other.always, on_condition: self.on_condition | other.on_condition }
     }
 
     /// What of the set can be acknowledged and lost: a setattr only as far as it changes the size.
     pub const fn droppable(self) -> OpSet {
-        const LOST: OpSet = OpSet::of(&[Op::Write, Op::CopyFileRange, Op::Fallocate, Op::Fsync, Op::Fsyncdir]);
-        let truncates = if self.has(Op::Setattr) { OpSet::TRUNCATE } else { 0 };
-        OpSet(self.0 & (LOST.0 | OpSet::GROW | OpSet::TRUNCATE) | truncates)
+        const LOST: u64 = OpSet::of(&[Op::Write, Op::CopyFileRange, Op::Fallocate, Op::Fsync, Op::Fsyncdir]).always;
+        const RESIZED: u64 = OpSet::of(&[Op::Setattr]).always;
+        let resized = (self.always | self.on_condition) & RESIZED;
+        OpSet { always: self.always & LOST, on_condition: self.on_condition & LOST | resized }
     }
 
     /// What both name; the conditions of the first.
     pub const fn within(self, able: OpSet) -> OpSet {
-        OpSet(self.0 & (able.0 | OpSet::GROW | OpSet::TRUNCATE))
+        let able = able.always | able.on_condition;
+        OpSet { always: self.always & able, on_condition: self.on_condition & able }
     }
 
     pub const fn has(self, op: Op) -> bool {
-        self.0 & (1 << op as u8) != 0
+        self.always & (1 << op as u8) != 0
     }
 
-    pub const fn grow(self) -> bool {
-        self.0 & OpSet::GROW != 0
-    }
-
-    pub const fn truncate(self) -> bool {
-        self.0 & OpSet::TRUNCATE != 0
+    /// Is the operation meant where its condition holds?
+    pub const fn has_on_condition(self, op: Op) -> bool {
+        self.on_condition & (1 << op as u8) != 0
     }
 
     pub const fn is_empty(self) -> bool {
-        self.0 == 0
+        self.always | self.on_condition == 0
     }
 
     /// Could a request of this operation be meant, conditions left open?
     pub const fn may_concern(self, op: Op) -> bool {
-        self.has(op) || (self.grow() && op.can_grow()) || (self.truncate() && matches!(op, Op::Setattr))
+        self.has(op) || self.has_on_condition(op)
     }
 
     /// The set that a word stands for: an operation, a group or a condition.
@@ -122,11 +119,12 @@ impl OpSet {
 
     /// The operations and conditions of the set, by their words; `*` for all operations.
     pub fn names(self) -> Vec<&'static str> {
-        if OpSet::all().0 & !self.0 == 0 {
+        if OpSet::all().always & !self.always == 0 {
             return vec!["*"];
         }
         let ops = Op::ALL.iter().filter(|op| self.has(**op)).map(|op| op.word());
-        let conditions = [(self.grow(), "grow"), (self.truncate(), "truncate")];
+        let conditional = self.has_on_condition(Op::Write) || self.has_on_condition(Op::Fallocate);
+        let conditions = [(conditional, "grow"), (self.has_on_condition(Op::Setattr), "truncate")];
         ops.chain(conditions.into_iter().filter(|(there, _)| *there).map(|(_, word)| word)).collect()
     }
 
@@ -204,8 +202,8 @@ const GROUPS: &[(&str, OpSet)] = &[
     ),
     ("sync", OpSet::of(&[Op::Fsync, Op::Fsyncdir, Op::Flush])),
     ("names", NAMES),
-    ("grow", OpSet(OpSet::GROW)),
-    ("truncate", OpSet(OpSet::TRUNCATE)),
+    ("grow", OpSet::on_condition(&[Op::Write, Op::CopyFileRange, Op::Fallocate])),
+    ("truncate", OpSet::on_condition(&[Op::Setattr])),
     ("*", OpSet::all()),
 ];
 

@@ -128,7 +128,7 @@ impl Cycle {
     fn next_ns(self, since_ns: u64) -> u64 {
         let begun = since_ns / self.length_ns() * self.length_ns();
         let turn = begun.saturating_add(if self.is_down(since_ns) { self.length_ns() } else { self.up_ns });
-        turn.max(since_ns + 1)
+        turn.max(since_ns.saturating_add(1))
     }
 
     fn length_ns(self) -> u64 {
@@ -203,6 +203,14 @@ pub struct Scope {
     pub n: AtomicU64,
     pub injections: AtomicU64,
     pub bytes: AtomicU64,
+}
+
+impl Scope {
+    /// Counts bytes of a request, and tells how many there were before it.
+    pub fn moved(&self, bytes: u64) -> u64 {
+        let more = |before: u64| Some(before.saturating_add(bytes));
+        self.bytes.fetch_update(Relaxed, Relaxed, more).unwrap_or_else(|before| before)
+    }
 }
 
 /// What a term has done.

@@ -112,7 +112,7 @@ fn task(term: &str, text: &str) -> Result<Option<FaultSpec>, Problem> {
         .hint("each injection is an event already: see the stream")),
         kind if KINDS.iter().any(|known| known.word == kind) => attributes(term, kind, argument).map(Some),
         unknown => {
-            let known = TASKS.iter().copied().chain(KINDS.iter().map(|kind| kind.word));
+            let known = TASKS.iter().copied().chain(KINDS.iter().filter(|kind| kind.built).map(|kind| kind.word));
             Err(Problem::new("#/fault", format!("fault: unknown task {unknown:?}")).nearest(unknown, known))
         }
     }

@@ -77,12 +77,14 @@ pub fn descends_from(pid: u32, root: u32) -> bool {
     false
 }
 
+/// From `status` and not from `stat`: the kernel lets nobody read that of a process in exec, which may wait for us.
 fn parent(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?.parse().ok()
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
-/// When the thread was started, in the kernel's ticks: with its number, this names it for good.
+/// When the thread was started, in the kernel's ticks: with its number, this names it for good. Never to be asked of the caller
+/// of a flush: in exec it closes its files under a lock that this would wait for.
 pub fn start_time(tid: u32) -> Option<u64> {
     // Below `task`, because above it the kernel adds up the times of all threads, of which there may be thousands.
     let stat = fs::read_to_string(format!("/proc/{tid}/task/{tid}/stat")).ok()?;

@@ -206,7 +206,8 @@ impl Core {
 
     fn park(self: &Arc<Self>, caller: Caller, call: Call<'_>, reply: Reply, decision: Decision, wait: Wait) {
         let parked = Parked {
-            caller_started: process::start_time(caller.tid),
+            // Of one in exec it cannot be asked: see there.
+            caller_started: (call.op() != Op::Flush).then(|| process::start_time(caller.tid)).flatten(),
             pending: Pending { caller, call: call.into_owned(), reply, decision },
             stalled: wait.stalled,
             rules: wait.rules,

@@ -50,7 +50,7 @@ fn each_part_uses_only_those_below_it() {
 
 #[test]
 fn each_file_opens_with_what_it_is_for() {
-    let all = ["src", "tests", "benches", "examples"].map(sources);
+    let all = ["src", "tests", "benches", "examples", "fuzz/src", "fuzz/fuzz_targets"].map(sources);
     for (path, text) in all.iter().flatten() {
         assert!(text.starts_with("//!"), "{} opens without //!", path.display());
     }

@@ -7,7 +7,8 @@
 //! fault; [`shapes`] what it sees of each kind, call by call, by [`calls`]; [`engine`] which requests a rule meets and fires on;
 //! [`kinds`] what real programs say of each kind; [`sweep`] the fault at every point; [`parking`] delayed and stalled requests; [`space`] capacity;
 //! [`events`] the stream; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the
-//! documents are true; [`houses`] rules about the code itself. Each test ends with [`support::Mounted::end`].
+//! documents are true; [`houses`] rules about the code itself;
+//! [`seeds`] what the fuzz targets begin with. Each test ends with [`support::Mounted::end`].
 
 mod alive;
 mod calls;
@@ -26,6 +27,7 @@ mod mount;
 mod parking;
 mod passthrough;
 mod rules;
+mod seeds;
 mod shapes;
 mod space;
 mod support;

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use serde_json::{Map, Value};
 
-use super::{Check, Problem, bytes, nearest};
+use super::{Check, Problem, bytes, escaped, nearest};
 use crate::fault::corrupt::{Corrupt, Mode};
 use crate::fault::errno::{self, Refused};
 use crate::fault::kind::{
@@ -91,13 +91,14 @@ impl Check {
         let FaultSpec::Kind { kind: word, attributes } = spec else { return None };
         let Some(kind) = Kind::find(word) else {
             let detail = format!("fault.kind: unknown kind {word:?}");
-            self.found(Problem::new("#/fault/kind", detail).nearest(word, KINDS.iter().map(|kind| kind.word)));
+            let known = KINDS.iter().filter(|kind| kind.built).map(|kind| kind.word);
+            self.found(Problem::new("#/fault/kind", detail).nearest(word, known));
             return None;
         };
         for name in attributes.keys().filter(|name| !kind.attributes.contains(&name.as_str())) {
             let detail = format!("fault.{name}: the kind {word:?} has no such attribute");
             let known = kind.attributes.iter().copied().chain(["kind"]);
-            self.found(Problem::new(format!("#/fault/{name}"), detail).nearest(name, known));
+            self.found(Problem::new(pointer(&escaped(name)), detail).nearest(name, known));
         }
         if !kind.built {
             let detail = format!("fault.kind: {word:?} is not built yet");
@@ -496,8 +497,8 @@ impl Reader<'_> {
             size: self.get("size", amount, size_amount),
             blocks: self.get("blocks", amount, size_amount),
             perm: self.get("perm", "in octal: \"0600\"", perm),
-            uid: self.get("uid", "a number of 32 bits", |value| whole(value)?.try_into().ok()),
-            gid: self.get("gid", "a number of 32 bits", |value| whole(value)?.try_into().ok()),
+            uid: self.get("uid", "a number", id),
+            gid: self.get("gid", "a number", id),
             nlink: self.get("nlink", amount, size_amount),
             atime: self.get("atime", time, time_amount),
             mtime: self.get("mtime", time, time_amount),
@@ -546,6 +547,10 @@ fn real(value: &Value) -> Option<f64> {
         _ => None,
     };
     number.filter(|number| number.is_finite())
+}
+
+fn id(value: &Value) -> Option<u32> {
+    whole(value)?.try_into().ok()
 }
 
 /// More than nothing, less than all.

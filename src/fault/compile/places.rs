@@ -14,12 +14,36 @@ const LONGEST_COMM: usize = 15;
 /// A larger automaton than any expression over paths needs would only eat memory.
 const LARGEST_REGEX: usize = 1 << 20;
 
+/// As long as a path may be.
+const LONGEST_GLOB: usize = 4096;
+/// A glob is built as a regular expression, whose brackets may not be deeper; globset panics where it cannot be built.
+const MOST_BRACES: usize = 32;
+
 /// A glob over paths below the mountpoint: `*` stops at a slash, `**` does not.
 ///
 /// # Errors
-/// When it is none.
-pub fn path_glob(glob: &str) -> Result<Glob, globset::Error> {
-    GlobBuilder::new(glob).literal_separator(true).build()
+/// Why it is none.
+pub fn path_glob(glob: &str) -> Result<Glob, String> {
+    built(glob, true)
+}
+
+/// A glob over names, in which a slash is nothing special.
+///
+/// # Errors
+/// Why it is none.
+pub fn name_glob(glob: &str) -> Result<Glob, String> {
+    built(glob, false)
+}
+
+fn built(glob: &str, literal_separator: bool) -> Result<Glob, String> {
+    if glob.len() > LONGEST_GLOB {
+        return Err(format!("a glob of more than {LONGEST_GLOB} bytes"));
+    }
+    if glob.matches('{').count() > MOST_BRACES {
+        return Err(format!("a glob with more than {MOST_BRACES} braces"));
+    }
+    let built = GlobBuilder::new(glob).literal_separator(literal_separator).build();
+    built.map_err(|error| error.to_string())
 }
 
 impl Check {
@@ -43,7 +67,12 @@ impl Check {
     fn path(&mut self, path: &str) -> Option<GlobMatcher> {
         if !path.starts_with('/') {
             let detail = format!("match.path: {path:?} does not start with \"/\", the mountpoint");
-            self.found(Problem::new("#/match/path", detail).hint(format!("did you mean \"/{path}\"?")));
+            let problem = Problem::new("#/match/path", detail);
+            let rooted = format!("/{path}");
+            self.found(match path_glob(&rooted) {
+                Ok(_) => problem.hint(format!("did you mean \"{rooted}\"?")),
+                Err(_) => problem,
+            });
             return None;
         }
         match path_glob(path) {
@@ -71,11 +100,15 @@ impl Check {
         let literal = !text.contains(['*', '?', '[', '{', '\\']);
         if text.is_empty() || (literal && text.len() > LONGEST_COMM) {
             let detail = format!("match.comm: {text:?} can be no program's name: the kernel keeps 1 to 15 bytes of it");
-            let cut: String = text.chars().take(LONGEST_COMM).collect();
-            self.found(Problem::new("#/match/comm", detail).hint(format!("did you mean {cut:?}?")));
+            let cut = (1..=LONGEST_COMM).rev().find_map(|length| text.get(..length));
+            let problem = Problem::new("#/match/comm", detail);
+            self.found(match cut {
+                Some(cut) => problem.hint(format!("did you mean {cut:?}?")),
+                None => problem,
+            });
             return None;
         }
-        match Glob::new(text) {
+        match name_glob(text) {
             Ok(glob) => Some(glob.compile_matcher()),
             Err(error) => {
                 self.found(Problem::new("#/match/comm", format!("match.comm: {error}")));
