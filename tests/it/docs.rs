@@ -3,8 +3,28 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const DOCUMENTS: &[&str] =
-    &["README.md", "docs/api.md", "docs/architecture.md", "docs/semantics.md", "docs/sweep.md", "docs/performance.md"];
+const DOCUMENTS: &[&str] = &[
+    "README.md",
+    "docs/api.md",
+    "docs/architecture.md",
+    "docs/cookbook.md",
+    "docs/faults.md",
+    "docs/faults/attr.md",
+    "docs/faults/bad_sectors.md",
+    "docs/faults/corrupt.md",
+    "docs/faults/drop.md",
+    "docs/faults/error.md",
+    "docs/faults/kill.md",
+    "docs/faults/latency.md",
+    "docs/faults/misdirect.md",
+    "docs/faults/short.md",
+    "docs/faults/stall.md",
+    "docs/faults/throttle.md",
+    "docs/faults/torn.md",
+    "docs/performance.md",
+    "docs/semantics.md",
+    "docs/sweep.md",
+];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -55,12 +75,12 @@ fn every_test_that_a_document_names_exists() {
     let mut named = 0;
     for name in DOCUMENTS {
         for word in text(name).split('`').filter(|word| word.contains("::") && !word.contains(' ')) {
-            let (module, test) = word.split_once("::").unwrap();
+            let (module, test) = word.rsplit_once("::").unwrap();
             if module.starts_with(char::is_uppercase) || module == "fault" {
                 // A type or a module of the program.
                 continue;
             }
-            let file = root().join(format!("tests/it/{module}.rs"));
+            let file = root().join(format!("tests/it/{}.rs", module.replace("::", "/")));
             let Ok(source) = std::fs::read_to_string(&file) else {
                 panic!("{name} names {word}: no {}", file.display())
             };
@@ -93,5 +113,19 @@ fn every_route_and_operation_is_in_the_document() {
     }
     for word in nemesisfs::fault::OpSet::words() {
         assert!(api.contains(word), "{word}");
+    }
+}
+
+#[test]
+fn every_kind_has_a_page_with_its_attributes_and_an_example() {
+    for kind in nemesisfs::fault::kind::KINDS.iter().filter(|kind| kind.built) {
+        let name = format!("docs/faults/{}.md", kind.word);
+        assert!(DOCUMENTS.contains(&name.as_str()), "{name}");
+        let page = text(&name);
+        for attribute in kind.attributes {
+            assert!(page.contains(&format!("`{attribute}`")), "{name}: {attribute}");
+        }
+        assert_eq!(blocks(&page, "sh").len(), 1, "{name}: its example");
+        assert!(text("docs/faults.md").contains(&format!("(faults/{}.md)", kind.word)), "{name}");
     }
 }
