@@ -215,7 +215,21 @@ fn open_backing(places: &Places, options: &Options) -> Result<(Arc<Core>, Option
     let seed = options.seed.unwrap_or_else(random);
     let mut core = Core::new(backing, Arc::new(Ring::default()), seed).map_err(directory)?;
     core.passthrough = passthrough(options)?;
+    remove_ballast_of_the_dead(&core, options);
     Ok((Arc::new(core), alone))
+}
+
+/// Gives back the space that a killed daemon has taken from this backing filesystem.
+fn remove_ballast_of_the_dead(core: &Core, options: &Options) {
+    core.ballast.keep_state_in(&options.run_dir, &options.instance);
+    match core.ballast.remove_left(core.tree.backing(), &options.run_dir) {
+        Ok(left) if left.is_empty() => {}
+        Ok(left) => {
+            tracing::info!(?left, "ballast of a killed daemon removed");
+            core.ring.change("space", json!({"action": "removed", "ballast": left, "left_by": "a killed daemon"}));
+        }
+        Err(error) => tracing::error!(%error, "ballast of a killed daemon may be left"),
+    }
 }
 
 /// The files that are not to come to us. A glob without a leading slash matches at any depth.
@@ -585,6 +599,9 @@ impl Serving {
                 Ok(evicted) => tracing::info!(path, ?evicted, "dropped writes taken back"),
                 Err(error) => tracing::error!(path, %error, "dropped writes could not be taken back"),
             }
+        }
+        if let Err(error) = self.core.ballast.remove(self.core.tree.backing()) {
+            tracing::error!(%error, "ballast could not be removed");
         }
         drop(self.stop_watch);
         self.stop_clock.store(true, Release);

@@ -1,31 +1,58 @@
-//! `/v1/space`: how full the mount pretends to be.
+//! `/v1/space`: how full the mount pretends to be, how much owners and subtrees may use, and how full the disk is made.
 //!
-//! On the control thread; a helper counts the tree where that is needed.
+//! On the control thread; a helper counts the tree where that is needed, and fills the disk. While it fills, the lock of
+//! what was requested is free: status, clear and reset go on.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::State;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
-use super::{Answer, Control, Shared, body, document, helper};
+use super::{Answer, Control, FORGET_LIMIT, Shared, body, document, helper};
 use crate::fault::Problem;
-use crate::fault::compile::bytes;
-use crate::fault::spec::NotYet;
-use crate::fs::usage::{self, Size};
+use crate::fault::compile::{bytes, nanoseconds, path_glob};
+use crate::fs::usage::{self, Reserve, Size};
+use crate::fs::{Core, usage::Wanted as Limits};
+use crate::space::ballast::{Failure, Status, Target};
+use crate::space::quota::MOST;
+use crate::space::{Quota, Quotas};
 
-/// The request in force, as it was made.
+/// How long filling may take if nobody says so.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// How much longer a filesystem that hangs is waited for.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// The requests in force, as they were made.
 #[derive(Debug, Default)]
-pub struct Requested(Option<Value>);
+pub struct Requested {
+    r#virtual: Option<Value>,
+    quota: Vec<Value>,
+    /// How often each part was set: a life ends only what it was given to.
+    settings: [u64; 2],
+}
 
+/// The parts of a capacity that can be set for a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Virtual,
+    Ballast,
+}
+
+/// Each part that is there is replaced, or cleared by `null`; the others stay.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Wanted {
-    #[serde(default)]
-    r#virtual: Option<Virtual>,
-    #[serde(default)]
-    quota: NotYet,
-    #[serde(default)]
-    ballast: NotYet,
+    #[serde(default, deserialize_with = "given")]
+    r#virtual: Option<Option<Virtual>>,
+    #[serde(default, deserialize_with = "given_list")]
+    quota: Option<Vec<WantedQuota>>,
+    #[serde(default, deserialize_with = "given")]
+    ballast: Option<Option<WantedBallast>>,
 }
 
 #[derive(Clone, Deserialize, Serialize)]
@@ -37,10 +64,39 @@ struct Virtual {
     used: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     size: Option<Amount>,
-    #[serde(default, skip_serializing)]
-    inodes: NotYet,
-    #[serde(default, skip_serializing)]
-    reserve: NotYet,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    inodes: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reserve: Option<Amount>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    late: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    r#for: Option<String>,
+}
+
+#[derive(Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct WantedQuota {
+    limit: Amount,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    uid: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+}
+
+#[derive(Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct WantedBallast {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    until_free: Option<Amount>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    used: Option<String>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    force: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    deadline: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    r#for: Option<String>,
 }
 
 /// A number of bytes, as a number or with its unit.
@@ -62,36 +118,100 @@ impl Amount {
     }
 }
 
-fn not_yet(pointer: &str, what: &str) -> Problem {
-    Problem { not_yet: true, ..Problem::new(pointer, format!("{what} is not built yet")) }
+/// Tells what is not there from `null`.
+fn given<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(from).map(Some)
 }
 
-fn size_of(wanted: &Wanted) -> Result<Size, Problem> {
-    for (name, value) in [("quota", &wanted.quota), ("ballast", &wanted.ballast)] {
-        if value.is_some() {
-            return Err(not_yet(&format!("#/{name}"), name));
-        }
-    }
-    let Some(asked) = &wanted.r#virtual else {
-        return Err(Problem::new("#/virtual", "nothing is asked for").hint("{\"virtual\":{\"free\":\"0\"}}"));
+/// One, or a list of them; `null` is the empty list.
+fn given_list<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<WantedQuota>>, D::Error> {
+    let list = match Value::deserialize(from)? {
+        Value::Null => Vec::new(),
+        Value::Array(list) => list,
+        one => vec![one],
     };
-    for (name, value) in [("inodes", &asked.inodes), ("reserve", &asked.reserve)] {
-        if value.is_some() {
-            return Err(not_yet(&format!("#/virtual/{name}"), &format!("virtual.{name}")));
+    let read = |value| serde_json::from_value(value).map_err(serde::de::Error::custom);
+    list.into_iter().map(read).collect::<Result<_, _>>().map(Some)
+}
+
+fn percent(text: &str, pointer: &str) -> Result<f64, Problem> {
+    let number = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
+    number.filter(|percent| *percent > 0.0 && *percent <= 100.0).ok_or_else(|| {
+        let name = pointer.trim_start_matches("#/").replace('/', ".");
+        Problem::new(pointer, format!("{name}: {text:?} is not a percentage")).hint("write \"98%\"")
+    })
+}
+
+fn duration(text: Option<&String>, pointer: &str) -> Result<Option<Duration>, Problem> {
+    let parse = |text: &String| {
+        nanoseconds(text).map(Duration::from_nanos).ok_or_else(|| {
+            Problem::new(pointer, format!("{text:?} is not a duration")).hint("write \"10ms\", \"3s\" or \"5m\"")
+        })
+    };
+    text.map(parse).transpose()
+}
+
+impl Virtual {
+    fn limits(&self) -> Result<Limits, Problem> {
+        let size = match (&self.free, &self.used, &self.size) {
+            (Some(free), None, None) => Some(Size::Free(free.bytes("#/virtual/free")?)),
+            (None, None, Some(size)) => Some(Size::Total(size.bytes("#/virtual/size")?)),
+            (None, Some(used), None) => Some(Size::UsedPercent(percent(used, "#/virtual/used")?)),
+            (None, None, None) if self.inodes.is_some() => None,
+            _ => return Err(Problem::new("#/virtual", "virtual: give one of free, used and size, or inodes")),
+        };
+        for (name, given) in [("reserve", self.reserve.is_some()), ("late", self.late)] {
+            if given && size.is_none() {
+                let detail = format!("virtual.{name}: needs one of free, used and size");
+                return Err(Problem::new(format!("#/virtual/{name}"), detail));
+            }
         }
+        let reserve = match &self.reserve {
+            None => None,
+            Some(Amount::Text(text)) if text.ends_with('%') => {
+                Some(Reserve::Percent(percent(text, "#/virtual/reserve")?))
+            }
+            Some(amount) => Some(Reserve::Bytes(amount.bytes("#/virtual/reserve")?)),
+        };
+        Ok(Limits { size, reserve, inodes: self.inodes, late: self.late })
     }
-    match (&asked.free, &asked.used, &asked.size) {
-        (Some(free), None, None) => Ok(Size::Free(free.bytes("#/virtual/free")?)),
-        (None, None, Some(size)) => Ok(Size::Total(size.bytes("#/virtual/size")?)),
-        (None, Some(used), None) => {
-            let percent = used.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
-            let percent = percent.filter(|percent| *percent > 0.0 && *percent <= 100.0);
-            percent.map(Size::UsedPercent).ok_or_else(|| {
-                Problem::new("#/virtual/used", format!("virtual.used: {used:?} is not a percentage"))
-                    .hint("write \"98%\"")
-            })
-        }
-        _ => Err(Problem::new("#/virtual", "virtual: give one of free, used and size")),
+}
+
+fn quotas(wanted: &[WantedQuota]) -> Result<Quotas, Problem> {
+    if wanted.len() > MOST {
+        return Err(Problem::new("#/quota", format!("a mount can have {MOST} quotas")));
+    }
+    let one = |(i, quota): (usize, &WantedQuota)| {
+        let limit = quota.limit.bytes(&format!("#/quota/{i}/limit"))?;
+        // What is for all paths asks for none.
+        let path = quota.path.as_deref().filter(|path| *path != "/**").map(|path| {
+            path_glob(path)
+                .map(|glob| glob.compile_matcher())
+                .map_err(|error| Problem::new(format!("#/quota/{i}/path"), format!("quota.path {path:?}: {error}")))
+        });
+        Ok(Quota::new(limit, quota.uid, path.transpose()?))
+    };
+    Ok(Quotas::new(wanted.iter().enumerate().map(one).collect::<Result<_, Problem>>()?))
+}
+
+/// A ballast, checked.
+struct Filling {
+    target: Target,
+    deadline: Duration,
+    life: Option<Duration>,
+    force: bool,
+}
+
+impl WantedBallast {
+    fn filling(&self) -> Result<Filling, Problem> {
+        let target = match (&self.until_free, &self.used) {
+            (Some(free), None) => Target::UntilFree(free.bytes("#/ballast/until_free")?),
+            (None, Some(used)) => Target::UsedPercent(percent(used, "#/ballast/used")?),
+            _ => return Err(Problem::new("#/ballast", "ballast: give one of until_free and used")),
+        };
+        let deadline = duration(self.deadline.as_ref(), "#/ballast/deadline")?.unwrap_or(DEADLINE);
+        let life = duration(self.r#for.as_ref(), "#/ballast/for")?;
+        Ok(Filling { target, deadline, life, force: self.force })
     }
 }
 
@@ -100,26 +220,231 @@ impl Control {
         let core = self.core.clone();
         // The backing filesystem may hang; the mount itself is not asked.
         let statfs = helper(move || core.space_left()).await.ok().and_then(Result::ok);
-        let capacity = &self.core.capacity;
-        let requested = self.space.lock().await.0.clone();
-        let account = capacity.size().map(|size| {
-            let free = capacity.free();
-            json!({"free": free, "size": size, "used": size.saturating_sub(free), "requested": requested})
+        let requested = self.space.lock().await;
+        let (asked, quota) = (requested.r#virtual.clone(), self.show_quotas(&requested));
+        drop(requested);
+        let statfs = statfs.map(|s| {
+            json!({"blocks": s.blocks, "free": s.free, "available": s.available, "block_size": s.fragment_size,
+                "files": s.files, "files_free": s.files_free})
         });
-        let statfs = statfs.map(
-            |s| json!({"blocks": s.blocks, "free": s.free, "available": s.available, "block_size": s.fragment_size}),
-        );
-        json!({"virtual": account, "statfs": statfs, "cursor": self.cursor()})
+        let ballast = self.core.ballast.status().map(|status| show_ballast(&status));
+        json!({"virtual": self.show_virtual(asked), "quota": quota, "ballast": ballast, "statfs": statfs,
+            "cursor": self.cursor()})
     }
 
-    pub(super) async fn clear_space(&self) -> bool {
-        let was = self.space.lock().await.0.take().is_some();
+    fn show_virtual(&self, requested: Option<Value>) -> Option<Value> {
+        let capacity = &self.core.capacity;
+        let mut account = json!({});
+        if let Some(size) = capacity.size() {
+            let free = capacity.free();
+            account = json!({"free": free, "size": size, "used": size.saturating_sub(free),
+                "reserve": capacity.reserved_for_root(), "late": capacity.is_late()});
+        }
+        if let Some((all, free)) = capacity.inodes() {
+            account["inodes"] = json!({"free": free, "all": all});
+        }
+        account["requested"] = requested?;
+        Some(account)
+    }
+
+    fn show_quotas(&self, requested: &Requested) -> Vec<Value> {
+        let quotas = self.core.capacity.quotas();
+        let each = quotas.iter().zip(&requested.quota).map(|(quota, asked)| {
+            json!({"limit": quota.limit, "used": quota.used(), "free": quota.free(), "uid": asked.get("uid"),
+                "path": asked.get("path"), "requested": asked})
+        });
+        each.collect()
+    }
+
+    /// Everything that was set is gone: whether there was any, and what could not be removed in time.
+    pub(super) async fn clear_space(&self) -> (bool, Vec<String>) {
+        self.core.ballast.cancel();
+        let mut requested = self.space.lock().await;
+        let mut was = requested.r#virtual.take().is_some() | !std::mem::take(&mut requested.quota).is_empty();
+        requested.settings.iter_mut().for_each(|count| *count += 1);
         self.core.capacity.clear();
+        drop(requested);
+        let (ballast, warnings) = self.remove_ballast().await;
+        was |= ballast;
         if was {
             self.ring().change("space", json!({"action": "cleared"}));
         }
-        was
+        (was, warnings)
     }
+
+    /// Removes the ballast: whether there was any, and that it takes its time.
+    async fn remove_ballast(&self) -> (bool, Vec<String>) {
+        let core = self.core.clone();
+        let removing = helper(move || {
+            core.ballast.remove(core.tree.backing()).unwrap_or_else(|error| {
+                tracing::error!(%error, "ballast could not be removed");
+                core.ring.change("space", json!({"action": "not_removed", "error": error.to_string()}));
+                true
+            })
+        });
+        match tokio::time::timeout(FORGET_LIMIT, removing).await {
+            Ok(was) => (was.unwrap_or(true), Vec::new()),
+            Err(_) => (true, vec!["the ballast is still being removed".to_string()]),
+        }
+    }
+
+    async fn clear_part(&self, part: Part) {
+        match part {
+            Part::Virtual => {
+                self.space.lock().await.r#virtual = None;
+                self.core.capacity.set(crate::space::Limits::default());
+            }
+            Part::Ballast => drop(self.remove_ballast().await),
+        }
+    }
+
+    async fn set_virtual(self: &Arc<Self>, wanted: Option<(Virtual, Limits)>) -> Result<(), super::Problem> {
+        let life = wanted.as_ref().and_then(|(wanted, _)| duration(wanted.r#for.as_ref(), "").ok().flatten());
+        let asked = wanted.as_ref().map(|(wanted, _)| serde_json::to_value(wanted).unwrap_or_default());
+        match wanted {
+            None => self.clear_part(Part::Virtual).await,
+            Some((_, limits)) => {
+                let mut requested = self.space.lock().await;
+                let core = self.core.clone();
+                helper(move || usage::set_capacity(&core, limits)).await?.map_err(not_counted)?;
+                requested.r#virtual = asked.clone();
+            }
+        }
+        self.begin_life(Part::Virtual, life).await;
+        self.ring().change("space", json!({"action": "set", "virtual": asked}));
+        Ok(())
+    }
+
+    async fn set_quotas(self: &Arc<Self>, wanted: Vec<WantedQuota>, quotas: Quotas) -> Result<(), super::Problem> {
+        let asked: Vec<Value> = wanted.iter().map(|quota| serde_json::to_value(quota).unwrap_or_default()).collect();
+        let mut requested = self.space.lock().await;
+        let core = self.core.clone();
+        helper(move || usage::set_quotas(&core, quotas)).await?.map_err(not_counted)?;
+        requested.quota = asked.clone();
+        drop(requested);
+        self.ring().change("space", json!({"action": "set", "quota": asked}));
+        Ok(())
+    }
+
+    async fn set_ballast(self: &Arc<Self>, wanted: &WantedBallast, filling: Filling) -> Result<(), super::Problem> {
+        let asked = serde_json::to_value(wanted).unwrap_or_default();
+        if !filling.force {
+            let (core, identity) = (self.core.clone(), self.identity.clone());
+            let shares = helper(move || {
+                let others = [Some(("/", Path::new("/"))), Some(("the socket", &identity.socket))];
+                let log = identity.log.as_deref().map(|log| ("the log", log));
+                others.into_iter().chain([log]).flatten().find(|(_, path)| is_same(&core, path)).map(|(name, _)| name)
+            });
+            if let Some(name) = shares.await? {
+                let detail = format!("the backing filesystem is also that of {name}");
+                return Err(super::Problem::new(409, "conflict", detail)
+                    .hint("a filesystem of its own for the data, or force (--force) to fill this one"));
+            }
+        }
+        let ticket = self.core.ballast.ticket();
+        // A client that goes away does not want it any more.
+        let mut abandoned = Abandoned(Some(self.core.clone()));
+        let core = self.core.clone();
+        let (target, deadline) = (filling.target, filling.deadline);
+        let filled = helper(move || {
+            let tell = |status: &Status| {
+                core.ring.change("space", json!({"action": "filling", "ballast": show_ballast(status)}));
+            };
+            core.ballast.fill(core.tree.backing(), target, deadline, ticket, tell)
+        });
+        let filled = tokio::time::timeout(deadline.saturating_add(GRACE), filled).await.map_err(|_| {
+            let detail = "ballast: the backing filesystem hangs: what was made is removed when it goes on";
+            super::Problem::new(409, "conflict", detail)
+        })??;
+        abandoned.0 = None;
+        match filled {
+            Ok(status) => {
+                self.begin_life(Part::Ballast, filling.life).await;
+                let ballast = show_ballast(&status);
+                self.ring().change("space", json!({"action": "set", "ballast": ballast, "requested": asked}));
+                Ok(())
+            }
+            Err(failure) => {
+                let reason = failure.to_string();
+                self.ring().change("space", json!({"action": "failed", "ballast": null, "reason": reason}));
+                Err(failed(&failure))
+            }
+        }
+    }
+
+    /// What was set ends after a time, unless it was set anew or cleared meanwhile.
+    async fn begin_life(self: &Arc<Self>, part: Part, life: Option<Duration>) {
+        let setting = {
+            let count = &mut self.space.lock().await.settings[part as usize];
+            *count += 1;
+            *count
+        };
+        let Some(life) = life else { return };
+        let control = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(life).await;
+            if control.space.lock().await.settings[part as usize] == setting {
+                control.clear_part(part).await;
+                control.ring().change("space", json!({"action": "expired", "what": part.word()}));
+            }
+        });
+    }
+}
+
+impl Part {
+    fn word(self) -> &'static str {
+        match self {
+            Part::Virtual => "virtual",
+            Part::Ballast => "ballast",
+        }
+    }
+}
+
+/// Cancels a filling that nobody waits for.
+struct Abandoned(Option<Arc<Core>>);
+
+impl Drop for Abandoned {
+    fn drop(&mut self) {
+        if let Some(core) = &self.0 {
+            core.ballast.cancel();
+        }
+    }
+}
+
+fn show_ballast(status: &Status) -> Value {
+    json!({"state": if status.full { "full" } else { "filling" }, "file": status.file, "allocated": status.allocated,
+        "free": status.free, "target_free": status.target_free})
+}
+
+fn not_counted(error: std::io::Error) -> super::Problem {
+    super::Problem::new(500, "internal", format!("the backing directory: {error}"))
+}
+
+fn failed(failure: &Failure) -> super::Problem {
+    let detail = format!("ballast: {failure}");
+    match failure {
+        Failure::NotSupported(_) => super::Problem::new(501, "not_supported", detail),
+        Failure::Io(_) => super::Problem::new(500, "internal", detail),
+        _ => super::Problem::new(409, "conflict", detail).hint("what was made is removed again"),
+    }
+}
+
+/// Does a path lie on the backing filesystem? What stands for several filesystems, or is one of several of its pool, has
+/// device numbers of its own: there the numbers of blocks must not agree either.
+fn is_same(core: &Core, path: &Path) -> bool {
+    let backing = core.tree.backing();
+    // A log may have been moved away; its directory is where the next lines go.
+    let there = path.metadata().or_else(|_| path.parent().unwrap_or(path).metadata());
+    let (Ok(ours), Ok(theirs)) = (backing.metadata(), there) else { return false };
+    if ours.dev() == theirs.dev() {
+        return true;
+    }
+    const SHARED: [i64; 2] = [libc::OVERLAYFS_SUPER_MAGIC, libc::BTRFS_SUPER_MAGIC];
+    let kinds = (nix::sys::statfs::fstatfs(backing), nix::sys::statfs::statfs(path));
+    let (Ok(ours), Ok(theirs)) = kinds else { return false };
+    let shared = [&ours, &theirs].iter().any(|fs| SHARED.contains(&fs.filesystem_type().0));
+    let numbers = |fs: &nix::sys::statfs::Statfs| (fs.blocks(), fs.blocks_free(), fs.files());
+    shared && numbers(&ours) == numbers(&theirs)
 }
 
 pub async fn show(State(control): Shared) -> Answer {
@@ -128,16 +453,46 @@ pub async fn show(State(control): Shared) -> Answer {
 
 pub async fn set(State(control): Shared, body: Body) -> Answer {
     let wanted: Wanted = body::read(body).await?;
-    let size = size_of(&wanted)?;
+    // All is checked before anything is changed.
+    let r#virtual = match wanted.r#virtual {
+        None => None,
+        Some(None) => Some(None),
+        Some(Some(wanted)) => {
+            duration(wanted.r#for.as_ref(), "#/virtual/for")?;
+            let limits = wanted.limits()?;
+            Some(Some((wanted, limits)))
+        }
+    };
+    let quota = match wanted.quota {
+        None => None,
+        Some(list) => {
+            let quotas = quotas(&list)?;
+            Some((list, quotas))
+        }
+    };
+    let filling = match &wanted.ballast {
+        Some(Some(ballast)) => Some(ballast.filling()?),
+        _ => None,
+    };
+    if r#virtual.is_none() && quota.is_none() && wanted.ballast.is_none() {
+        let nothing = Problem::new("#/virtual", "nothing is asked for");
+        return Err(nothing.hint("{\"virtual\":{\"free\":\"0\"}}").into());
+    }
     let cursor = control.cursor();
-    let core = control.core.clone();
-    let mut requested = control.space.lock().await;
-    let set = helper(move || usage::set_capacity(&core, size)).await?;
-    set.map_err(|error| super::Problem::new(500, "internal", format!("the backing directory: {error}")))?;
-    let asked = serde_json::to_value(&wanted.r#virtual).unwrap_or_default();
-    requested.0 = Some(asked.clone());
-    drop(requested);
-    control.ring().change("space", json!({"action": "set", "virtual": asked}));
+    if let Some(wanted) = r#virtual {
+        control.set_virtual(wanted).await?;
+    }
+    if let Some((wanted, quotas)) = quota {
+        control.set_quotas(wanted, quotas).await?;
+    }
+    match (&wanted.ballast, filling) {
+        (Some(Some(wanted)), Some(filling)) => control.set_ballast(wanted, filling).await?,
+        (Some(None), _) => {
+            control.clear_part(Part::Ballast).await;
+            control.ring().change("space", json!({"action": "set", "ballast": null}));
+        }
+        _ => {}
+    }
     let mut value = control.show_space().await;
     value["cursor"] = cursor.into();
     Ok(document(200, &value))
@@ -145,8 +500,9 @@ pub async fn set(State(control): Shared, body: Body) -> Answer {
 
 pub async fn clear(State(control): Shared) -> Answer {
     let cursor = control.cursor();
-    control.clear_space().await;
+    let (_, warnings) = control.clear_space().await;
     let mut value = control.show_space().await;
+    value["warnings"] = warnings.into();
     value["cursor"] = cursor.into();
     Ok(document(200, &value))
 }

@@ -50,14 +50,16 @@ pub async fn reset(State(control): Shared, body: Body) -> Answer {
     let removed: Vec<String> = changed.released.iter().map(|rule| rule.name.to_string()).collect();
     control.in_force(changed).await;
     control.set_mode(Mode::AllowWrites, Life::default()).await;
-    let space = control.clear_space().await;
+    let (space, warnings) = control.clear_space().await;
     let held = control.core.parking.take(usize::MAX, |_| true);
     let released = held.len();
     control.core.resume(held, Ended::Removed);
     control.core.holds.forget(None);
     control.ring().change("rule", json!({"action": "reset", "rules": removed, "space": space, "released": released}));
     let mode = control.core.arming.mode().0.word();
-    Ok(document(200, &json!({"removed": removed, "mode": mode, "released": released, "cursor": cursor})))
+    let answer =
+        json!({"removed": removed, "mode": mode, "released": released, "warnings": warnings, "cursor": cursor});
+    Ok(document(200, &answer))
 }
 
 #[derive(Deserialize)]

@@ -366,6 +366,15 @@ pub struct Statfs {
     pub fragment_size: u32,
 }
 
+impl Statfs {
+    /// No more than this.
+    pub fn limit(&mut self, blocks: u64, free: u64) {
+        self.blocks = self.blocks.min(blocks);
+        self.free = self.free.min(free);
+        self.available = self.available.min(free);
+    }
+}
+
 /// Takes directory entries until it is full (`true`).
 pub trait DirectorySink {
     fn add(&mut self, ino: u64, next: u64, kind: fuser::FileType, name: &OsStr) -> bool;

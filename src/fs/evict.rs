@@ -97,8 +97,10 @@ impl Core {
         let evicted = log.evict(&mut Backing { write: file.as_fd(), read: &file })?;
         inode.undoable.store(!log.is_empty(), Release);
         drop(log);
-        if self.capacity.limits() {
-            self.capacity.settle(self.capacity.reserve(0, self.block).1, &inode.usage, stat(&file)?.st_blocks as u64);
+        inode.usage.note_found(0..u64::MAX, self.block);
+        if self.capacity.is_set() {
+            // What came back is free.
+            self.counted(inode, &file, || Ok(()))?;
         }
         self.forget_pages(inode.id);
         self.tree.settle(inode.id);

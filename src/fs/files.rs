@@ -14,6 +14,7 @@ use slab::Slab;
 use super::call::Served;
 use super::inode::Inode;
 use crate::fault::Op;
+use crate::space::Told;
 
 /// An open file.
 #[derive(Debug)]
@@ -32,6 +33,8 @@ pub struct OpenFile {
     pub by_kernel: bool,
     /// What must be on disk before any change is answered.
     pub sync: Sync,
+    /// The error of an accepted write that it was told of.
+    pub told: Told,
 }
 
 impl OpenFile {
@@ -39,7 +42,8 @@ impl OpenFile {
     pub fn new(inode: Arc<Inode>, file: File, flags: i32, served: &Served) -> OpenFile {
         let by_kernel = served.by_kernel();
         let cached = served.is_cached() && !inode.is_dir();
-        OpenFile { inode, file, flags, twin: OnceLock::new(), cached, by_kernel, sync: Sync::of(flags) }
+        let told = inode.writeback_error.sample();
+        OpenFile { inode, file, flags, twin: OnceLock::new(), cached, by_kernel, sync: Sync::of(flags), told }
     }
 
     /// The file for I/O with these flags of the caller's, and whether that goes past the page cache of the backing

@@ -20,7 +20,7 @@ use super::passthrough::Handles;
 use super::privileges::is_privileged;
 use crate::durability::Undo;
 use crate::fault::Plan;
-use crate::space::Usage;
+use crate::space::{Members, Quotas, Usage, WritebackError};
 use crate::sys::handle::{self, FileHandle};
 
 /// What tells one file from every other, past and present. Without a handle the inode number is enough, because then
@@ -66,6 +66,8 @@ pub struct Inode {
     pub undoable: AtomicBool,
     /// Blocks as `space` last counted them.
     pub usage: Usage,
+    /// Of writes that were accepted without space.
+    pub writeback_error: WritebackError,
     /// Was it changed through us since its stamp was taken?
     pub changed: AtomicBool,
     /// Has it suid or sgid, as far as was seen? Read on the hot path instead of its attributes.
@@ -98,6 +100,8 @@ struct Names {
     path: Option<(u64, Arc<[u8]>)>,
     /// Which rules of a plan match the paths, as of a version of the tree.
     bits: Option<(u64, u64, Arc<[u64]>)>,
+    /// Which quotas count the path, as of a set of them and a version of the tree.
+    quota_bits: Option<Box<(u64, u64, Members)>>,
 }
 
 /// A descriptor for one use: held by the inode, or opened by handle.
@@ -137,6 +141,7 @@ impl Inode {
             unlinked: AtomicBool::new(false),
             undoable: AtomicBool::new(false),
             usage: Usage::default(),
+            writeback_error: WritebackError::default(),
             changed: AtomicBool::new(false),
             privileged: AtomicBool::new(false),
             stamp: Mutex::default(),
@@ -325,12 +330,26 @@ impl Inode {
         self.names.lock().bits = Some((plan.id, version, bits.clone()));
         bits
     }
+
+    /// Which quotas are for the path, whoever owns the file: computed once for each set and version of the tree.
+    pub fn quota_bits(&self, quotas: &Quotas, version: u64) -> Members {
+        if let Some((id, of, bits)) = self.names.lock().quota_bits.as_deref()
+            && (*id, *of) == (quotas.id, version)
+        {
+            return *bits;
+        }
+        let path = self.path(version);
+        let bits = quotas.which(|quota| quota.matches_path(&path));
+        self.names.lock().quota_bits = Some(Box::new((quotas.id, version, bits)));
+        bits
+    }
 }
 
 impl Names {
     fn forget_paths(&mut self) {
         self.path = None;
         self.bits = None;
+        self.quota_bits = None;
     }
 }
 

@@ -5,6 +5,7 @@
 //! alone, for a few instructions, and never across a system call, but for the undo log of a file (see
 //! [`crate::durability`]).
 
+mod account;
 pub mod adapter;
 pub mod arming;
 mod buffer;

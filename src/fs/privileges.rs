@@ -17,6 +17,7 @@ use crate::sys::ids;
 /// capability(7)
 const CAP_FSETID: u32 = 4;
 const CAP_SYS_ADMIN: u32 = 21;
+const CAP_SYS_RESOURCE: u32 = 24;
 
 /// What procfs tells of a thread.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -51,6 +52,11 @@ impl Privileges {
     fn has(&self, capability: u32) -> bool {
         self.effective & (1 << capability) != 0
     }
+}
+
+/// May the caller take what a filesystem reserves, and go beyond the quotas of users?
+pub fn has_resource(caller: &Caller) -> bool {
+    Privileges::of(caller).has(CAP_SYS_RESOURCE)
 }
 
 /// Does a mode have anything that only the privileged may keep?

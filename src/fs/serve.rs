@@ -32,7 +32,7 @@ use super::workers::Workers;
 use crate::event::{Injection, Ring};
 use crate::fault::kind::{Target, Timing};
 use crate::fault::{Decision, Fault, Firing, Op, Outcome, Rule, Then, decide};
-use crate::space::Capacity;
+use crate::space::{Ballast, Capacity};
 
 /// How long the kernel may believe what we said of names and attributes: changes made below us are seen after that.
 pub const TIMEOUT: Duration = Duration::from_secs(1);
@@ -46,6 +46,8 @@ pub struct Core {
     pub parking: Parking,
     pub holds: Holds,
     pub capacity: Capacity,
+    /// What really fills the backing filesystem.
+    pub ballast: Ballast,
     pub workers: Workers,
     pub readers: Readers,
     /// Says to the kernel what it must no longer believe. Set once the session runs; never used by a reader.
@@ -80,6 +82,7 @@ impl Core {
             parking: Parking::default(),
             holds: Holds::default(),
             capacity: Capacity::default(),
+            ballast: Ballast::default(),
             workers: Workers::default(),
             readers: Readers::default(),
             notifier: OnceLock::new(),

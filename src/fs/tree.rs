@@ -130,6 +130,12 @@ impl Tree {
         Ok((table.find(&identity).cloned(), stat))
     }
 
+    /// The file of these attributes, if it is known by its own number.
+    pub fn known(&self, stat: &FileStat) -> Option<Arc<Inode>> {
+        let table = self.table.read();
+        table.by_id.get(&stat.st_ino).filter(|inode| inode.has_number(stat)).cloned()
+    }
+
     /// Enters a file that was just made under a name and is open; counts one reference of the kernel's.
     pub fn adopt(&self, parent: &Arc<Inode>, name: &OsStr, file: &OwnedFd) -> io::Result<(Arc<Inode>, FileStat)> {
         let stat = stat(file)?;

@@ -1,20 +1,23 @@
-//! How much the tree uses: for setting the capacity.
+//! How much the tree uses: for setting the capacity and quotas.
 //!
-//! Run by a helper of the control thread. Walks the backing directory by descriptors, without following symlinks or
+//! Run by a helper of the control thread, and by a reader for a directory that moves over the border of a quota. Walks the backing directory by descriptors, without following symlinks or
 //! leaving its filesystem; the mount itself is never touched.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
+use std::sync::atomic::Ordering::Acquire;
 
 use nix::fcntl::OFlag;
-use nix::sys::stat::Mode;
+use nix::sys::stat::{FileStat, Mode};
 
 use super::serve::Core;
 use super::tree::stat_at;
+use crate::space::{Limits, Quotas};
 use crate::sys::dents;
 
 /// What a client may ask for.
@@ -28,12 +31,86 @@ pub enum Size {
     UsedPercent(f64),
 }
 
+/// What the free bytes keep for root.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reserve {
+    Bytes(u64),
+    /// Of all.
+    Percent(f64),
+}
+
+/// What a client may ask for, together.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Wanted {
+    pub size: Option<Size>,
+    pub reserve: Option<Reserve>,
+    /// So many more may be made.
+    pub inodes: Option<u64>,
+    pub late: bool,
+}
+
 /// Sets the capacity of the mount.
 ///
 /// # Errors
 /// When the backing directory cannot be asked or counted.
-pub fn set_capacity(core: &Core, size: Size) -> io::Result<()> {
-    let (total, free) = match size {
+pub fn set_capacity(core: &Core, wanted: Wanted) -> io::Result<()> {
+    let bytes = wanted.size.map(|size| total_and_free(core, size)).transpose()?;
+    let total = bytes.map_or(0, |(total, _)| total);
+    let reserve = match wanted.reserve {
+        None => 0,
+        Some(Reserve::Bytes(bytes)) => bytes,
+        Some(Reserve::Percent(percent)) => (total as f64 * percent / 100.0) as u64,
+    };
+    let real = nix::sys::statvfs::fstatvfs(core.tree.backing())?;
+    let inodes = wanted.inodes.map(|free| ((real.files() - real.files_free()).saturating_add(free), free));
+    core.forget_usage();
+    core.capacity.set(Limits { bytes, reserve, inodes, late: wanted.late });
+    Ok(())
+}
+
+/// Sets the quotas of the mount, and counts what is used.
+///
+/// # Errors
+/// When the backing directory cannot be counted.
+pub fn set_quotas(core: &Core, quotas: Quotas) -> io::Result<()> {
+    // Counted first: from the moment that they are in force they refuse.
+    count(core, &quotas)?;
+    core.forget_usage();
+    core.capacity.set_quotas(quotas);
+    Ok(())
+}
+
+/// Counts for each quota anew what is used.
+///
+/// # Errors
+/// When the backing directory cannot be counted; then what was counted before stays.
+pub fn count(core: &Core, quotas: &Quotas) -> io::Result<()> {
+    if quotas.is_empty() {
+        return Ok(());
+    }
+    let mut used = vec![0; quotas.iter().count()];
+    each_file(core.tree.backing(), |path, stat| {
+        for (quota, used) in quotas.iter().zip(&mut used) {
+            if quota.uid.is_none_or(|uid| uid == stat.st_uid) && quota.matches_path(path) {
+                *used += stat.st_blocks as u64 * 512;
+            }
+        }
+    })?;
+    quotas.iter().zip(used).for_each(|(quota, used)| quota.set_used(used));
+    Ok(())
+}
+
+impl Core {
+    /// From here on changes count as of what the files are now.
+    pub fn forget_usage(&self) {
+        for inode in self.tree.all() {
+            inode.usage.forget(!inode.unlinked.load(Acquire));
+        }
+    }
+}
+
+fn total_and_free(core: &Core, size: Size) -> io::Result<(u64, u64)> {
+    Ok(match size {
         Size::Free(free) => {
             let real = nix::sys::statvfs::fstatvfs(core.tree.backing())?;
             let used = (real.blocks() - real.blocks_free()) * real.fragment_size();
@@ -45,12 +122,7 @@ pub fn set_capacity(core: &Core, size: Size) -> io::Result<()> {
             let total = (used as f64 * 100.0 / percent) as u64;
             (total, total - used.min(total))
         }
-    };
-    for inode in core.tree.all() {
-        inode.usage.forget();
-    }
-    core.capacity.set(total, free);
-    Ok(())
+    })
 }
 
 /// Bytes of all blocks of all files below a directory; hard links once.
@@ -58,13 +130,20 @@ pub fn set_capacity(core: &Core, size: Size) -> io::Result<()> {
 /// # Errors
 /// When a directory cannot be read.
 pub fn used_bytes(root: &File) -> io::Result<u64> {
+    let mut used = 0;
+    each_file(root, |_, stat| used += stat.st_blocks as u64 * 512)?;
+    Ok(used)
+}
+
+/// Visits a directory and all below it, with paths from there; hard links once, by the first name that is met.
+pub(super) fn each_file(root: impl AsFd, mut visit: impl FnMut(&[u8], &FileStat)) -> io::Result<()> {
     let mut linked = HashSet::new();
-    let home = nix::sys::stat::fstat(root)?;
+    let home = nix::sys::stat::fstat(&root)?;
+    visit(b"/", &home);
     // Opened one at a time, when their turn comes: a directory may have more children than we may have descriptors.
-    let mut waiting = vec![(Rc::new(open_directory(root, OsStr::new("."))?), OsString::from("."))];
-    let mut used = home.st_blocks as u64 * 512;
+    let mut waiting = vec![(Rc::new(open_directory(&root, OsStr::new("."))?), OsString::from("."), Vec::new())];
     let mut buffer = vec![0; 32 << 10];
-    while let Some((parent, name)) = waiting.pop() {
+    while let Some((parent, name, path)) = waiting.pop() {
         let directory = match open_directory(&*parent, &name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             other => Rc::new(other?),
@@ -80,17 +159,18 @@ pub fn used_bytes(root: &File) -> io::Result<u64> {
                 if stat.st_dev != home.st_dev || (stat.st_nlink > 1 && !linked.insert(stat.st_ino)) {
                     continue;
                 }
-                used += stat.st_blocks as u64 * 512;
+                let path = [&path, &b"/"[..], entry.name.as_bytes()].concat();
+                visit(&path, &stat);
                 if stat.st_mode & libc::S_IFMT == libc::S_IFDIR {
-                    waiting.push((directory.clone(), entry.name.to_os_string()));
+                    waiting.push((directory.clone(), entry.name.to_os_string(), path));
                 }
             }
         }
     }
-    Ok(used)
+    Ok(())
 }
 
-fn open_directory(parent: impl std::os::fd::AsFd, name: &OsStr) -> io::Result<OwnedFd> {
+fn open_directory(parent: impl AsFd, name: &OsStr) -> io::Result<OwnedFd> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     Ok(nix::fcntl::openat(parent, name, flags, Mode::empty())?)
 }

@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use nix::sys::stat::FileStat;
 use nix::unistd::{Whence, lseek};
 
+use super::usage::Usage;
 use crate::durability::Ranges;
 use crate::sys::fiemap;
 
@@ -24,34 +25,42 @@ pub struct Fit {
 
 /// How much of `range` fits when `free` bytes of new blocks can be had.
 ///
-/// `preallocated` is our own record of fallocates, for filesystems that cannot tell.
+/// # Errors
+/// When the file cannot be examined.
+pub fn fit(fd: impl AsFd, stat: &FileStat, range: Range<u64>, block: u64, free: u64, usage: &Usage) -> io::Result<Fit> {
+    let missing = missing(fd, stat, range.clone(), block, usage)?;
+    Ok(cut(range, block, free, &missing))
+}
+
+/// The whole blocks of `range` that the file does not have.
 ///
 /// # Errors
 /// When the file cannot be examined.
-pub fn fit(
+pub fn missing(
     fd: impl AsFd,
     stat: &FileStat,
     range: Range<u64>,
     block: u64,
-    free: u64,
-    preallocated: &Ranges,
-) -> io::Result<Fit> {
-    let length = range.end - range.start;
+    usage: &Usage,
+) -> io::Result<Vec<Range<u64>>> {
     let wanted = range.start / block * block..range.end.next_multiple_of(block);
     let end = (stat.st_size as u64).next_multiple_of(block);
     let blocks = stat.st_blocks as u64 * 512;
+    let lost = usage.lost();
     // As many blocks as the size needs: a file without holes, and nothing beyond. More may lie beyond the end, with
     // holes below it.
-    if blocks == end && wanted.end <= end {
-        return Ok(Fit { need: 0, length });
+    if blocks == end && wanted.end <= end && lost.is_empty() {
+        return Ok(Vec::new());
     }
-    let mut there = preallocated.clone();
+    // Our own record of fallocates, for filesystems that cannot tell.
+    let mut there = usage.preallocated();
     if blocks == end {
         there.add(0..end);
     } else {
         allocated(fd, wanted.clone(), end, &mut there)?;
     }
-    Ok(cut(range, block, free, &there.gaps(wanted)))
+    lost.iter().for_each(|range| there.remove(range));
+    Ok(there.gaps(wanted))
 }
 
 fn allocated(fd: impl AsFd, wanted: Range<u64>, end: u64, there: &mut Ranges) -> io::Result<()> {
@@ -104,7 +113,7 @@ mod tests {
 
     fn fit_of(file: &std::fs::File, range: Range<u64>, free: u64) -> Fit {
         let stat = nix::sys::stat::fstat(file).unwrap();
-        fit(file, &stat, range, 4096, free, &Ranges::default()).unwrap()
+        fit(file, &stat, range, 4096, free, &Usage::default()).unwrap()
     }
 
     #[test]

@@ -23,6 +23,7 @@ const DOCUMENTS: &[&str] = &[
     "docs/faults/torn.md",
     "docs/performance.md",
     "docs/semantics.md",
+    "docs/space.md",
     "docs/sweep.md",
 ];
 

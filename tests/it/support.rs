@@ -29,6 +29,8 @@ pub struct Mounted {
     pub pid: u32,
     device: u64,
     ended: bool,
+    /// Has the backing directory a filesystem of its own?
+    own_disk: bool,
 }
 
 /// A program's end: status and what it said.
@@ -81,15 +83,29 @@ impl Mounted {
         Mounted::start(parent, &["env"], options)
     }
 
+    /// Mounts a filesystem of its own, of so many bytes, in a file: `mkfs.ext4 -q` makes it, for instance.
+    pub fn on_own_disk(size: u64, mkfs: &[&str]) -> Mounted {
+        Mounted::start_over(&std::env::temp_dir(), &["env"], &[], |dir| {
+            let (image, backing) = (dir.join("image"), dir.join("backing"));
+            fs::File::create(&image).and_then(|file| file.set_len(size)).expect("an image");
+            let succeeds = |command: &mut Command| {
+                let said: Said = command.output().expect("the program runs").into();
+                assert_eq!(said.code, 0, "{command:?}: {said:?}");
+            };
+            succeeds(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image));
+            succeeds(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&backing));
+        })
+    }
+
     fn start(parent: &Path, launcher: &[&str], options: &[&str]) -> Mounted {
+        Mounted::start_over(parent, launcher, options, |_| ())
+    }
+
+    fn start_over(parent: &Path, launcher: &[&str], options: &[&str], prepare: impl FnOnce(&Path)) -> Mounted {
         let dir = tempfile::Builder::new().prefix("nemesisfs-test-").tempdir_in(parent).expect("a directory");
         let path = |name: &str| dir.path().join(name);
         for name in ["run", "backing", "mnt"] {
             fs::create_dir(path(name)).expect("a directory");
-        }
-        // Databases run as users of their own.
-        for name in ["", "backing", "mnt"] {
-            open_to_all(&path(name));
         }
         let (backing, mountpoint) = (path("backing"), path("mnt"));
         let log = path("run/t.log");
@@ -99,21 +115,42 @@ impl Mounted {
             pid: 0,
             device: 0,
             ended: false,
+            own_disk: false,
             backing: backing.clone(),
             mountpoint: mountpoint.clone(),
             dir,
         };
+        prepare(mounted.dir.path());
+        mounted.own_disk = is_mounted(&backing);
+        // Databases run as users of their own.
+        for path in [mounted.dir.path(), &backing, &mountpoint] {
+            open_to_all(path);
+        }
         let words = [PROGRAM, "mount", "--instance", "t"];
         let words = launcher[1..].iter().chain(&words).chain(options).copied();
         let said = mounted.run(launcher[0], words, &[&backing, &mountpoint]);
-        assert_eq!(said.code, 0, "mount: {said:?}");
-        let word = |key: &str| {
-            let found = said.out.split_whitespace().find_map(|word| word.strip_prefix(key));
-            found.unwrap_or_else(|| panic!("no {key} in {said:?}")).to_string()
-        };
-        mounted.pid = word("pid=").parse().expect("a pid");
-        mounted.device = fs::metadata(&mountpoint).expect("the mountpoint").dev();
+        mounted.mounted(&said);
         mounted
+    }
+
+    fn mounted(&mut self, said: &Said) {
+        assert_eq!(said.code, 0, "mount: {said:?}");
+        let found = said.out.split_whitespace().find_map(|word| word.strip_prefix("pid="));
+        self.pid = found.unwrap_or_else(|| panic!("no pid in {said:?}")).parse().expect("a pid");
+        self.device = fs::metadata(&self.mountpoint).expect("the mountpoint").dev();
+    }
+
+    /// Kills the daemon as `kill -9` does.
+    pub fn kill(&self) {
+        kill(Pid::from_raw(self.pid as i32), Signal::SIGKILL).expect("a signal");
+        eventually("the daemon's end", || !is_alive(self.pid));
+    }
+
+    /// Mounts again after the daemon was killed.
+    pub fn mount_again(&mut self) {
+        let words = [PROGRAM, "mount", "--instance", "t"].into_iter();
+        let said = self.run("env", words, &[&self.backing, &self.mountpoint]);
+        self.mounted(&said);
     }
 
     fn run<'a>(&self, program: &str, words: impl Iterator<Item = &'a str>, paths: &[&Path]) -> Said {
@@ -287,6 +324,10 @@ impl Drop for Mounted {
         if !self.ended && is_mounted(&self.mountpoint) {
             // A daemon that was killed has left it.
             let _ = nix::mount::umount2(&self.mountpoint, nix::mount::MntFlags::MNT_DETACH);
+        }
+        if self.own_disk {
+            let unmounted = || nix::mount::umount2(&self.backing, nix::mount::MntFlags::empty()).is_ok();
+            eventually("the backing filesystem can be unmounted", unmounted);
         }
         if std::thread::panicking() {
             eprintln!("the daemon's log:\n{}", self.log_text());

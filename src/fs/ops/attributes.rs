@@ -113,7 +113,7 @@ impl Core {
         if changes.uid.is_some() || changes.gid.is_some() {
             let (uid, gid) = (changes.uid.map(Uid::from_raw), changes.gid.map(Gid::from_raw));
             let flags = AtFlags::AT_EMPTY_PATH | AtFlags::AT_SYMLINK_NOFOLLOW;
-            judged(caller, &inode, || Ok(fchownat(&fd, "", uid, gid, flags)?))?;
+            self.counted(&inode, &fd, || judged(caller, &inode, || Ok(fchownat(&fd, "", uid, gid, flags)?)))?;
         }
         if let Some(mode) = changes.mode {
             self.chmod(&fd, mode)?;
@@ -183,18 +183,22 @@ impl Core {
             name_max: real.name_max() as u32,
             fragment_size: real.fragment_size() as u32,
         };
-        if let Some(size) = self.capacity.size() {
-            answer.blocks = size / u64::from(answer.fragment_size.max(1));
+        let (capacity, block) = (&self.capacity, u64::from(answer.fragment_size.max(1)));
+        let free = capacity.free() / block;
+        match capacity.size() {
+            Some(size) => {
+                answer.blocks = size / block;
+                answer.free = free;
+                answer.available = free.saturating_sub(capacity.reserved_for_root().div_ceil(block));
+            }
+            None => answer.limit(answer.blocks, free),
         }
-        let free = self.capacity.free() / u64::from(answer.fragment_size.max(1));
-        answer.free = match self.capacity.size() {
-            Some(_) => free,
-            None => answer.free.min(free),
-        };
-        answer.available = match self.capacity.size() {
-            Some(_) => free,
-            None => answer.available.min(free),
-        };
+        if let Some((files, files_free)) = capacity.inodes() {
+            (answer.files, answer.files_free) = (files, files_free);
+        }
+        for quota in capacity.quotas().iter().filter(|quota| quota.is_for_all()) {
+            answer.limit(quota.limit / block, quota.free() / block);
+        }
         Ok(answer)
     }
 
@@ -208,14 +212,9 @@ impl Core {
     ) -> io::Result<Answer> {
         let inode = self.tree.get(ino)?;
         let fd = inode.path_fd()?;
-        let before = if self.capacity.is_set() { stat(&fd)?.st_blocks } else { 0 };
-        judged(caller, &inode, || xattr::set(&fd, &c_name(name)?, value, flags))?;
+        // Large attributes have blocks of their own.
+        self.counted(&inode, &fd, || judged(caller, &inode, || xattr::set(&fd, &c_name(name)?, value, flags)))?;
         inode.changed.store(true, Release);
-        if self.capacity.is_set() {
-            // Large attributes have blocks of their own.
-            inode.usage.begin(before as u64);
-            self.capacity.settle(self.capacity.reserve(0, self.block).1, &inode.usage, stat(&fd)?.st_blocks as u64);
-        }
         Ok(Answer::Empty)
     }
 

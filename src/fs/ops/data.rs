@@ -20,6 +20,7 @@ use parking_lot::MutexGuard;
 use super::attributes::attr_of;
 use super::names::Creation;
 use crate::durability::{Mark, Ranges, Undo, undo};
+use crate::fs::account::Counting;
 use crate::fs::buffer::{self, Buffer};
 use crate::fs::call::{Answer, Call, Caller, Entry, Reply, Served};
 use crate::fs::evict::Backing;
@@ -28,7 +29,7 @@ use crate::fs::inode::Inode;
 use crate::fs::privileges::{judged, without_fsetid};
 use crate::fs::serve::Core;
 use crate::fs::tree::stat;
-use crate::space::{self, Reservation};
+use crate::space::{self, Limit, Reservation};
 use crate::sys::xattr;
 
 /// How the kernel is to treat an open file: `O_DIRECT` goes past its cache, so that one request is one result; so does what
@@ -130,7 +131,7 @@ impl Core {
             && let Ok(stat) = stat(&file.file)
             && stat.st_nlink == 0
         {
-            self.capacity.freed(stat.st_blocks as u64);
+            self.count_gone(Some(&file.inode), Vec::new, &stat);
         }
         Ok(Answer::Empty)
     }
@@ -251,6 +252,7 @@ impl Core {
             if !touched.is_empty() {
                 change.wrote(drop, touched);
             }
+            file.inode.usage.note_found(range.clone(), self.block);
             if self.remembers_preallocation {
                 file.inode.usage.note_preallocated(allocates, range.clone());
             }
@@ -262,9 +264,15 @@ impl Core {
         Ok(Answer::Empty)
     }
 
-    pub(super) fn fsync(&self, fh: u64, datasync: bool, drop: bool) -> io::Result<Answer> {
+    pub(super) fn fsync(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
+        let Call::Fsync { fh, datasync, .. } = call else { return Err(misfit()) };
         if !drop {
-            wanted(datasync).keep(&self.files.get(fh)?.file)?;
+            let file = self.files.get(*fh)?;
+            wanted(*datasync).keep(&file.file)?;
+            // What was accepted without space.
+            if file.inode.writeback_error.tell(&file.told) {
+                return self.refuse(caller, call, libc::ENOSPC);
+            }
         }
         Ok(Answer::Empty)
     }
@@ -301,7 +309,7 @@ impl Core {
     }
 
     fn fit(&self, inode: &Inode, fd: BorrowedFd<'_>, range: Range<u64>, free: u64) -> io::Result<space::Fit> {
-        space::fit(fd, &stat(fd)?, range, self.block, free, &inode.usage.preallocated())
+        space::fit(fd, &stat(fd)?, range, self.block, free, &inode.usage)
     }
 
     /// Changes a file's contents with all that hangs on it: the undo log, locked while old bytes are saved and
@@ -312,19 +320,23 @@ impl Core {
         fd: BorrowedFd<'_>,
         act: impl FnOnce(&mut Change<'_>) -> io::Result<T>,
     ) -> io::Result<T> {
-        let counted = self.capacity.limits();
-        if counted {
-            inode.usage.begin(stat(fd)?.st_blocks as u64);
-        }
+        let counting = self.capacity.limits().then(|| self.count_from(inode, fd)).transpose()?;
         let undo = inode.undoable.load(Acquire).then(|| inode.undo.lock());
-        let mut change = Change { fd, inode, undo, reservation: None };
+        let mut change = Change {
+            fd,
+            inode,
+            block: self.block,
+            undo,
+            counting,
+            reservation: Reservation::default(),
+            without_space: Vec::new(),
+        };
         let result = act(&mut change);
         inode.changed.store(true, Release);
-        let reservation = change.reservation.take();
-        drop(change);
-        if counted && self.capacity.is_set() {
-            let none = || self.capacity.reserve(0, self.block).1;
-            self.capacity.settle(reservation.unwrap_or_else(none), &inode.usage, stat(fd)?.st_blocks as u64);
+        let Change { counting, reservation, undo, .. } = change;
+        drop(undo);
+        if let Some(counting) = counting {
+            self.count_to(counting, reservation, inode, fd)?;
         }
         result
     }
@@ -334,8 +346,12 @@ impl Core {
 pub(in crate::fs) struct Change<'a> {
     pub fd: BorrowedFd<'a>,
     inode: &'a Arc<Inode>,
+    block: u64,
     undo: Option<MutexGuard<'a, Undo>>,
-    reservation: Option<Reservation>,
+    counting: Option<Counting>,
+    reservation: Reservation,
+    /// Whole blocks for which there is no space, of a write that is accepted all the same.
+    without_space: Vec<Range<u64>>,
 }
 
 impl Change<'_> {
@@ -349,25 +365,36 @@ impl Change<'_> {
         can_be_short: bool,
     ) -> io::Result<u64> {
         let whole = range.end - range.start;
-        if !core.capacity.limits() {
-            return Ok(whole);
-        }
+        let Some(counting) = &self.counting else { return Ok(whole) };
         let need = core.fit(self.inode, self.fd, range.clone(), u64::MAX)?.need;
-        let (got, reservation) = core.capacity.reserve(need, core.block);
-        self.reservation = Some(reservation);
-        if got >= need {
-            return Ok(whole);
-        }
-        let fits = match can_be_short {
-            true => core.fit(self.inode, self.fd, range, got)?.length,
+        let (got, limit, reservation) = core.reserve(caller, call, counting, need);
+        self.reservation = reservation;
+        let Some(limit) = limit else { return Ok(whole) };
+        let late = limit == Limit::Capacity && core.capacity.is_late() && is_buffered_write(call);
+        let fits = match can_be_short || late {
+            true => core.fit(self.inode, self.fd, range.clone(), got)?.length,
             false => 0,
         };
+        if late {
+            self.accept(range.start + fits..range.end)?;
+            core.inject_space(caller, call, Some(fits), None);
+            return Ok(whole);
+        }
         if fits > 0 {
             core.inject_space(caller, call, Some(fits), None);
             return Ok(fits);
         }
-        core.inject_space(caller, call, None, Some(libc::ENOSPC));
-        Err(io::Error::from_raw_os_error(libc::ENOSPC))
+        core.refuse(caller, call, limit.errno())
+    }
+
+    /// Accepts a range for which there is no space, as delayed allocation does: what has no blocks yet is lost.
+    fn accept(&mut self, range: Range<u64>) -> io::Result<()> {
+        let missing = space::blocks::missing(self.fd, &stat(self.fd)?, range.clone(), self.block, &self.inode.usage)?;
+        for blocks in &missing {
+            self.lose(blocks.start.max(range.start)..blocks.end.min(range.end))?;
+        }
+        self.without_space = missing;
+        Ok(())
     }
 
     /// Writes in a manner.
@@ -471,10 +498,23 @@ impl Change<'_> {
 
     /// Notes what was written: to stay, or to be lost.
     fn wrote(&mut self, drop: bool, range: Range<u64>) {
+        let mut kept = Ranges::default();
+        if !drop {
+            kept.add(range.clone());
+            self.without_space.iter().for_each(|blocks| kept.remove(blocks.clone()));
+        }
         if let Some(undo) = self.undo.as_mut() {
-            match drop {
-                true => undo.after_drop(range.end),
-                false => undo.after_kept(range),
+            kept.iter().for_each(|range| undo.after_kept(range));
+            undo.after_drop(range.end);
+        }
+        kept.iter().for_each(|range| self.inode.usage.note_found(range, self.block));
+        if !self.without_space.is_empty() {
+            let end = range.end.next_multiple_of(self.block);
+            let written = self.without_space.iter().map(|blocks| blocks.start..blocks.end.min(end));
+            self.inode.usage.note_lost(written.filter(|blocks| !blocks.is_empty()));
+            // A lost write tells nobody.
+            if !drop {
+                self.inode.writeback_error.record();
             }
         }
     }
@@ -484,7 +524,13 @@ impl Change<'_> {
         if let Some(undo) = self.undo.as_mut() {
             undo.after_truncate(size);
         }
+        self.inode.usage.note_found(size.next_multiple_of(self.block)..u64::MAX, self.block);
     }
+}
+
+/// Delayed allocation is an affair of the page cache: direct I/O and what is written back from mappings is refused at once.
+fn is_buffered_write(call: &Call<'_>) -> bool {
+    matches!(call, Call::Write { flags, origin, .. } if flags & libc::O_DIRECT == 0 && !origin.writeback)
 }
 
 /// What cannot be kept must not be damaged.

@@ -37,18 +37,24 @@ impl Core {
             Call::Getattr { ino, fh } => self.getattr(*ino, *fh),
             Call::Setattr { ino, fh, changes } => self.setattr(caller, *ino, *fh, changes, drop),
             Call::Readlink { ino } => self.readlink(*ino),
-            Call::Mknod { parent, name, mode, umask, rdev } => self.mknod(caller, *parent, name, *mode, *umask, *rdev),
-            Call::Mkdir { parent, name, mode, umask } => self.mkdir(caller, call, *parent, name, (*mode, *umask)),
+            Call::Mknod { parent, name, mode, umask, rdev } => {
+                self.making(caller, call, || self.mknod(caller, *parent, name, *mode, *umask, *rdev))
+            }
+            Call::Mkdir { parent, name, mode, umask } => {
+                self.making(caller, call, || self.mkdir(caller, *parent, name, (*mode, *umask)))
+            }
             Call::Unlink { parent, name } => self.unlink(*parent, name),
             Call::Rmdir { parent, name } => self.rmdir(*parent, name),
-            Call::Symlink { parent, name, target } => self.symlink(caller, *parent, name, target),
+            Call::Symlink { parent, name, target } => {
+                self.making(caller, call, || self.symlink(caller, *parent, name, target))
+            }
             Call::Rename { parent, name, to_parent, to_name, flags } => {
                 self.rename(*parent, name, *to_parent, to_name, *flags)
             }
             Call::Link { ino, parent, name } => self.link(*ino, *parent, name),
             Call::Open { ino, flags } => self.open(*ino, *flags, reply),
             Call::Create { parent, name, mode, umask, flags } => {
-                self.create(caller, *parent, name, (*mode, *umask), *flags, reply)
+                self.making(caller, call, || self.create(caller, *parent, name, (*mode, *umask), *flags, reply))
             }
             Call::Read { fh, offset, size, flags, .. } => self.read(*fh, *offset, *size, *flags),
             Call::Write { .. } => self.write(caller, call, &if drop { Manner::Lost } else { Manner::Kept }),
@@ -57,7 +63,7 @@ impl Core {
             Call::Flush { fh, .. } => self.flush(*fh),
             Call::Access { .. } => Ok(Answer::Empty),
             Call::Release { fh, .. } => self.release(*fh),
-            Call::Fsync { fh, datasync, .. } => self.fsync(*fh, *datasync, drop),
+            Call::Fsync { .. } => self.fsync(caller, call, drop),
             Call::Opendir { ino, flags } => self.opendir(*ino, *flags),
             Call::Readdir { fh, offset, .. } => self.readdir(*fh, *offset, reply),
             Call::Readdirplus { fh, offset, .. } => self.readdirplus(*fh, *offset, reply),

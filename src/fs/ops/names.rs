@@ -15,7 +15,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag};
 use nix::unistd::UnlinkatFlags;
 
 use super::attributes::attr_of;
-use crate::fs::call::{Answer, Call, Caller, DirectorySink, Entry, Reply, Served};
+use crate::fs::call::{Answer, Caller, DirectorySink, Entry, Reply, Served};
 use crate::fs::files::OpenFile;
 use crate::fs::inode::Inode;
 use crate::fs::serve::Core;
@@ -61,16 +61,11 @@ impl Core {
     ) -> io::Result<T> {
         let dir = parent.path_fd()?;
         let mode = Mode::from_bits_truncate(creation.mode & 0o7777);
-        let counted = self.capacity.is_set();
-        let before = if counted { stat(&dir)?.st_blocks } else { 0 };
-        let made =
-            ids::with_umask(creation.umask, || ids::as_caller(caller.uid, caller.gid, || Ok(act(dir.as_fd(), mode)?)));
-        let made = made.inspect_err(|error| tell_powerless(error, caller))?;
-        if counted {
-            // The directory may have grown by the name.
-            self.capacity.taken((stat(&dir)?.st_blocks - before).max(0) as u64);
-        }
-        Ok(made)
+        // The directory may grow by the name.
+        let made = self.counted(parent, &dir, || {
+            ids::with_umask(creation.umask, || ids::as_caller(caller.uid, caller.gid, || Ok(act(dir.as_fd(), mode)?)))
+        });
+        made.inspect_err(|error| tell_powerless(error, caller))
     }
 
     /// The same, and finds what was made under its name.
@@ -87,7 +82,7 @@ impl Core {
         let entry = self.entry(&parent, name)?;
         if self.capacity.is_set() {
             // Directories and long symlinks have blocks of their own.
-            self.capacity.taken(entry.attr.blocks);
+            self.count_new(&*self.tree.get(entry.attr.ino.0)?, entry.attr.uid, entry.attr.blocks);
         }
         Ok(Answer::Entry(entry))
     }
@@ -107,19 +102,13 @@ impl Core {
         })
     }
 
-    /// A directory takes a block of its own.
     pub(super) fn mkdir(
         &self,
         caller: &Caller,
-        call: &Call<'_>,
         parent: u64,
         name: &OsStr,
         (mode, umask): (u32, u32),
     ) -> io::Result<Answer> {
-        if self.capacity.limits() && self.capacity.free() < self.block {
-            self.inject_space(caller, call, None, Some(libc::ENOSPC));
-            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
-        }
         self.make_name(caller, parent, name, Creation { mode, umask }, |dir, mode| {
             nix::sys::stat::mkdirat(dir, name, mode)
         })
@@ -151,7 +140,7 @@ impl Core {
         let dir = parent.path_fd()?;
         let going = self.before_losing(&parent, name);
         nix::unistd::unlinkat(&dir, name, how)?;
-        self.after_losing(going, parent.id, name);
+        self.after_losing(going, &parent, name);
         Ok(Answer::Empty)
     }
 
@@ -161,21 +150,24 @@ impl Core {
         let Ok((inode, stat)) = self.tree.peek(parent, name) else { return Going::default() };
         let last = stat.st_nlink == 1 || stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
         let fd = inode.as_ref().filter(|_| last).and_then(|inode| inode.reach());
-        Going { inode, fd, last, blocks: if last { stat.st_blocks as u64 } else { 0 } }
+        Going { inode, fd, last: last.then_some(stat) }
     }
 
-    fn after_losing(&self, going: Going, parent: u64, name: &OsStr) {
+    fn after_losing(&self, going: Going, parent: &Arc<Inode>, name: &OsStr) {
         if let Some(inode) = &going.inode {
             if let Some(fd) = going.fd {
                 inode.hold(fd);
             }
-            inode.lost(parent, name);
-            inode.unlinked.fetch_or(going.last, AcqRel);
+            inode.lost(parent.id, name);
+            inode.unlinked.fetch_or(going.last.is_some(), AcqRel);
         }
         // The blocks of an open file are free at its last close.
         let open = going.inode.as_ref().is_some_and(|inode| inode.opens.load(Acquire) > 0);
-        if self.capacity.is_set() && !open {
-            self.capacity.freed(going.blocks);
+        if let Some(stat) = &going.last
+            && self.capacity.is_set()
+            && !open
+        {
+            self.count_gone(going.inode.as_deref(), || parent.child_path(name), stat);
         }
     }
 
@@ -200,12 +192,15 @@ impl Core {
             // Renaming one link of a file over another does nothing.
             false => Some(self.before_losing(&to, to_name)).filter(|going| !same(going)),
         };
-        nix::fcntl::renameat2(&from_fd, name, &to_fd, to_name, flags)?;
-        if let Some(going) = replaced {
-            self.after_losing(going, to.id, to_name);
-        }
-        self.note_moved(moving, (&from, name), (&to, to_name));
-        self.note_moved(other, (&to, to_name), (&from, name));
+        self.count_moves([moving.as_ref(), other.as_ref()], || {
+            nix::fcntl::renameat2(&from_fd, name, &to_fd, to_name, flags)?;
+            if let Some(going) = replaced {
+                self.after_losing(going, &to, to_name);
+            }
+            self.note_moved(moving.clone(), (&from, name), (&to, to_name));
+            self.note_moved(other.clone(), (&to, to_name), (&from, name));
+            Ok(())
+        })?;
         Ok(Answer::Empty)
     }
 
@@ -308,10 +303,8 @@ struct Going {
     inode: Option<Arc<Inode>>,
     /// By which it stays reachable.
     fd: Option<OwnedFd>,
-    /// Is it the file's last name?
-    last: bool,
-    /// Then: the blocks that come free with it.
-    blocks: u64,
+    /// The file as it was, if it is its last name.
+    last: Option<FileStat>,
 }
 
 fn kind(d_type: u8) -> fuser::FileType {

@@ -108,3 +108,27 @@ fn etcd_on_a_full_disk_ends_and_names_the_reason_and_has_every_acknowledged_key_
     server.stop(Signal::SIGTERM);
     mounted.end();
 }
+
+/// The same of a disk that is really full, of which nothing is ours but the files that fill it.
+#[test]
+fn etcd_on_a_disk_full_of_ballast_ends_and_names_the_reason_and_has_every_acknowledged_key_after() {
+    let mounted = Mounted::on_own_disk(512 << 20, &["mkfs.ext4", "-q"]);
+    let etcd = Etcd::on(&mounted);
+    let mut server = etcd.start();
+    let before = etcd.put(0..20, "value");
+    assert_eq!(before, 20);
+    mounted.cli(&["space", "ballast", "--until-free", "0"]);
+    // Its log is preallocated, so that it takes some until the file of its keys has to grow.
+    let after = etcd.put(20..120, &"x".repeat(500_000));
+    assert!(after < 100, "all were acknowledged");
+    assert!(!server.ended().success());
+    logged(&etcd.log, &["no space left on device"]);
+    assert!(mounted.injections("space").is_empty(), "it is the disk that refuses");
+
+    mounted.cli(&["space", "clear"]);
+    let server = etcd.start();
+    let keys = etcd.keys();
+    assert!(keys >= before + after, "{keys} keys, {} were acknowledged", before + after);
+    server.stop(Signal::SIGTERM);
+    mounted.end();
+}
