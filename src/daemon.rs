@@ -102,7 +102,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     claim.write(&identity).map_err(|error| failure(format!("{}: {error}", claim.path.display())))?;
     let serving = Serving::start(core, mounted, listener, identity)?;
     ready(&serving.ready_line());
-    tracing::info!("{}", serving.ready_line());
+    tracing::info!(seed = serving.core.arming.seed(), "{}", serving.ready_line());
     serving.wait(&signals);
     drop((socket, claim));
     Ok(())
@@ -512,12 +512,11 @@ impl Serving {
         let identity = &self.identity;
         let log = identity.log.as_ref().map_or_else(|| "-".into(), |log| log.display().to_string());
         format!(
-            "ready instance={} mount={} socket={} pid={} log={log} seed={}",
+            "ready instance={} mount={} socket={} pid={} log={log}",
             identity.instance,
             identity.mountpoint.display(),
             identity.socket.display(),
             std::process::id(),
-            self.core.arming.seed(),
         )
     }
 

@@ -15,7 +15,7 @@ use crate::sys::mounts::{self, Mount};
 use super::session::World;
 use super::table;
 
-const HEAD: [&str; 8] = ["INSTANCE", "STATE", "MODE", "RULES", "MOUNTPOINT", "BACKING", "PID", "SOCKET"];
+const HEAD: [&str; 9] = ["INSTANCE", "STATE", "MODE", "RULES", "MOUNTPOINT", "BACKING", "PID", "SOCKET", "SEED"];
 
 pub fn run(world: &World) -> u8 {
     match rows(world) {
@@ -72,7 +72,7 @@ fn ask(host: &Host, limit: Duration, mut row: Value) -> Value {
         return row;
     };
     row["state"] = json!("alive");
-    for key in ["instance", "mode", "rules", "mountpoint", "backing", "pid", "socket", "log"] {
+    for key in ["instance", "mode", "rules", "mountpoint", "backing", "pid", "socket", "log", "seed"] {
         if let Some(value) = health.body.get(key) {
             row[key] = value.clone();
         }
@@ -94,7 +94,7 @@ fn is_stale(mount: &Mount, instances: &[Instance]) -> bool {
 fn of_mount(mount: &Mount) -> Value {
     json!({
         "instance": mount.instance(), "state": "stale", "mode": null, "rules": null, "mountpoint": mount.mountpoint.to_string_lossy(),
-        "backing": null, "pid": null, "socket": null, "log": null,
+        "backing": null, "pid": null, "socket": null, "log": null, "seed": null,
     })
 }
 

@@ -388,7 +388,7 @@ fn line_of<'a>(message: &'a str, prefix: &str) -> Option<&'a str> {
 
 /// `ready instance=n1 mount=/mnt …` as a document. A value may have blanks in it, so it ends where the next key begins.
 fn as_document(line: &str) -> Value {
-    const KEYS: [&str; 6] = ["instance", "mount", "socket", "pid", "log", "seed"];
+    const KEYS: [&str; 5] = ["instance", "mount", "socket", "pid", "log"];
     let starts: Vec<(usize, &str)> =
         KEYS.iter().filter_map(|key| line.find(&format!(" {key}=")).map(|at| (at, *key))).collect();
     let mut document = serde_json::Map::new();
@@ -396,7 +396,7 @@ fn as_document(line: &str) -> Value {
         let from = at + key.len() + 2;
         let to = starts.iter().map(|(other, _)| *other).filter(|other| other > at).min().unwrap_or(line.len());
         let text = line.get(from..to).unwrap_or_default();
-        let number = if ["pid", "seed"].contains(key) { text.parse::<u64>().ok() } else { None };
+        let number = if *key == "pid" { text.parse::<i64>().ok() } else { None };
         document.insert((*key).to_owned(), number.map_or_else(|| Value::from(text), Value::from));
     }
     Value::Object(document)

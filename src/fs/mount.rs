@@ -23,19 +23,31 @@ pub struct Holder {
 /// How long a look at all processes may take. One that hangs in exec, because what it closes there is stalled, keeps
 /// everybody waiting who looks at it.
 const LOOK: Duration = Duration::from_secs(2);
+/// So many look at a time, so that one process that hangs does not hide those after it.
+const LOOKERS: usize = 8;
 
 /// The processes that hold something at or below a place: files always, and with `directories` also those whose
 /// working directory, root, program or mapping lies there. As many as are found in time.
 pub fn holders(place: &Path, directories: bool) -> Vec<Holder> {
-    let (place, own) = (place.to_path_buf(), std::process::id());
+    let own = std::process::id();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let (ask, asked) = crossbeam_channel::unbounded();
+    for pid in pids.filter(|pid| *pid != own) {
+        // The channel has no end.
+        let _ = ask.send(pid);
+    }
+    drop(ask);
     let (tell, told) = mpsc::channel();
-    std::thread::spawn(move || {
-        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        let found = pids.filter(|pid| *pid != own).filter_map(|pid| holder(pid, &place, directories));
-        // An error says that nobody waits any more.
-        let _ = found.into_iter().try_for_each(|holder| tell.send(holder));
-    });
+    for _ in 0..LOOKERS {
+        let (place, asked, tell) = (place.to_path_buf(), asked.clone(), tell.clone());
+        std::thread::spawn(move || {
+            let mut found = asked.iter().filter_map(|pid| holder(pid, &place, directories));
+            // An error says that nobody waits any more.
+            let _ = found.try_for_each(|holder| tell.send(holder));
+        });
+    }
+    drop(tell);
     let until = Instant::now() + LOOK;
     std::iter::from_fn(|| told.recv_timeout(until.saturating_duration_since(Instant::now())).ok()).collect()
 }

@@ -723,3 +723,43 @@ fn a_stall_that_is_released_ends_in_its_error_and_one_that_is_removed_does_not()
         mounted.end();
     }
 }
+
+#[test]
+fn a_kill_of_the_mount_reaches_every_holder_and_not_the_daemon() {
+    let mounted = Mounted::new();
+    prepared(&mounted, "f", SIZE);
+    let hold = |how: &str| {
+        let script = format!("{how}\nprint('ready',flush=True)\nimport time\ntime.sleep(20)");
+        let mut command = Command::new("python3");
+        command.args(["-c", &script]).current_dir(&mounted.mountpoint).stdout(std::process::Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        let mut output = std::io::BufReader::new(child.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut output, &mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        child
+    };
+    let mut holders =
+        [hold("f=open('f'); import os; os.chdir('/')"), hold("import os; f=os.open('.', os.O_RDONLY); os.chdir('/')")];
+    let mut stranger = Command::new("sleep").arg("60").spawn().unwrap();
+    let rule = json!({
+        "match": {"ops": ["write"]}, "trigger": {"times": 1},
+        "fault": {"kind": "kill", "signal": "SIGKILL", "target": "mount"},
+    });
+    mounted.rule("r", rule);
+    let status = Command::new("sh")
+        .args(["-c", "exec 3> new; echo x >&3; sleep 5"])
+        .current_dir(&mounted.mountpoint)
+        .status()
+        .unwrap();
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+    for holder in &mut holders {
+        assert_eq!(holder.wait().unwrap().signal(), Some(libc::SIGKILL));
+    }
+    assert!(stranger.try_wait().unwrap().is_none(), "who has nothing open here lives");
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    mounted.check();
+    only(&mounted, "r");
+    mounted.end();
+}
