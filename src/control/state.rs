@@ -48,9 +48,13 @@ pub async fn reset(State(control): Shared, body: Body) -> Answer {
     let cursor = control.cursor();
     let changed = control.core.arming.remove(|_| true);
     let removed: Vec<String> = changed.released.iter().map(|rule| rule.name.to_string()).collect();
+    let awaited = changed.released.iter().filter(|rule| rule.is_awaited());
+    let unfired: Vec<String> =
+        awaited.map(|rule| format!("rule {:?} was required, and has not fired", rule.name)).collect();
     control.in_force(changed).await;
     control.set_mode(Mode::AllowWrites, Life::default()).await;
-    let (space, warnings) = control.clear_space().await;
+    let (space, mut warnings) = control.clear_space().await;
+    warnings.extend(unfired);
     let held = control.core.parking.take(usize::MAX, |_| true);
     let released = held.len();
     control.core.resume(held, Ended::Removed);

@@ -8,9 +8,6 @@ use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
-/// A field that the contract declares and that is not built yet: only its absence, `null` or its neutral value pass.
-pub type NotYet = Option<Value>;
-
 /// One rule: where (`match`), when (`trigger`), what (`fault`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

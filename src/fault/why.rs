@@ -60,8 +60,8 @@ fn reason(rule: &Rule, now_ns: u64) -> String {
     ];
     for (before, left, name, wanted) in stages {
         if left == 0 {
-            let of = if name == "operation" { String::new() } else { format!("; {before} met what comes before, ") };
-            return format!("{expired}{looked} requests were looked at{of}{}none met the {name}: {wanted}", comma(&of));
+            let before = if before == looked { String::new() } else { format!(", {before} met what is asked before") };
+            return format!("{expired}{looked} requests were looked at{before}, and none met the {name}: {wanted}");
         }
     }
     let (met, matches) = (read(&funnel.range), read(&rule.counters.matches));
@@ -70,10 +70,6 @@ fn reason(rule: &Rule, now_ns: u64) -> String {
         return format!("{expired}{looked} requests were looked at, {met} met all its conditions, and {what}");
     }
     format!("{expired}{looked} requests were looked at, {matches} matched, and none met the trigger: {}", trigger(rule))
-}
-
-fn comma(of: &str) -> &'static str {
-    if of.is_empty() { ", " } else { "" }
 }
 
 fn trigger(rule: &Rule) -> String {

@@ -1,8 +1,7 @@
 //! What a program sees of each kind of fault, call by call: on each way to a file, and what the disk has after.
 //!
 //! The claims are those of the kinds' table; each is asked of a handle opened before arming and of one opened after.
-//! Mappings are made by Python programs, which a signal may kill. Short reads on handles that were open before: see
-//! [`crate::faults`].
+//! Mappings are made by Python programs, which a signal may kill.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -87,6 +86,49 @@ fn a_short_read_gives_right_bytes_and_leaves_the_size_alone() {
             mounted.end();
         }
     }
+}
+
+#[test]
+fn a_cached_read_is_short_at_a_page_and_the_file_stays_as_long() {
+    let mounted = Mounted::new();
+    let size = 40 * PAGE;
+    let before = prepared(&mounted, "f", size);
+    let other = Handle::open(Way::Append, &mounted, "f");
+    let rule = json!({"match": {"ops": ["read"]}, "fault": {"kind": "short", "max_bytes": "6000"}});
+    let handle = armed(&mounted, "f", (Way::Cached, Opened::BeforeArming), rule);
+    for (offset, length, count) in
+        [(0, 20_000, PAGE), (100, 20_000, PAGE - 100), (0, 100, 100), (20 * PAGE, PAGE, PAGE)]
+    {
+        let read = handle.read(length, offset as u64).unwrap();
+        assert!(read == before[offset..offset + count], "{offset} {length}: {}", read.len());
+        assert_eq!(other.file.metadata().unwrap().len(), size as u64);
+    }
+    // A program that goes on gets all of it, and what is appended goes behind it.
+    let mut whole = Vec::new();
+    while whole.len() < size {
+        let read = handle.read(50_000, whole.len() as u64).unwrap();
+        assert!(!read.is_empty(), "at {}", whole.len());
+        whole.extend(read);
+    }
+    assert!(whole == before);
+    other.write(b"tail", 0).unwrap();
+    assert_eq!(stored(&mounted, "f")[size..], *b"tail");
+    let rule = mounted.http("GET", "/v1/rules/r", None).body;
+    assert_eq!(rule["injections"], mounted.injections("r").len(), "{rule}");
+    mounted.end();
+}
+
+#[test]
+fn a_mapping_is_never_short() {
+    let mounted = Mounted::new();
+    prepared(&mounted, "f", 40 * PAGE);
+    mounted.rule("r", json!({"match": {"ops": ["read"]}, "fault": {"kind": "short", "max_bytes": 100}}));
+    let script = "import mmap,sys,os\nf=os.open('f',os.O_RDWR)\nm=mmap.mmap(f,0)\nb=bytes(m)\n\
+                  sys.exit(0 if b==open(sys.argv[1],'rb').read() and os.fstat(f).st_size==len(b) else 1)";
+    let mut command = Command::new("python3");
+    command.args(["-c", script]).arg(mounted.backing.join("f")).current_dir(&mounted.mountpoint);
+    assert!(command.status().unwrap().success());
+    mounted.end();
 }
 
 #[test]
