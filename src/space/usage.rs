@@ -168,6 +168,9 @@ mod tests {
         usage.note_found(5000..5001, 4096);
         assert_eq!(usage.advance(24, 1).unwrap().1.bytes(), 8192);
         assert_eq!(usage.take(0, 0).bytes(), 8192);
-        assert!(usage.advance(24, 1).is_none(), "it was not looked at again");
+        let (before, now) = usage.advance(24, 1).unwrap();
+        assert_eq!((before.bytes(), now.bytes()), (0, 8192), "what is added yet by who has it open");
+        usage.forget(true);
+        assert!(usage.advance(24, 1).is_none(), "it was not looked at since");
     }
 }
