@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{Answer, Control, InForce, Shared, body, document};
 use crate::fault::Problem;
-use crate::fault::compile::nanoseconds;
+use crate::fault::compile::{SHORTEST_CYCLE_NS, nanoseconds};
 use crate::fs::Mode;
 use crate::fs::arming::Life;
 
@@ -39,8 +39,7 @@ impl Control {
 
     pub(super) async fn set_mode(&self, mode: Mode, life: Life) -> InForce {
         let changed = self.core.arming.set_mode(mode, &life, self.ring().now_ns());
-        // A disk that comes and goes begins well: the clock says when it is full.
-        self.core.capacity.set_full(mode == Mode::Enospc && life.up.as_ref().is_none_or(|(_, up_ns)| *up_ns == 0));
+        self.core.follow_mode();
         let in_force = self.in_force(changed).await;
         let text = |part: Option<(String, u64)>| part.map(|(text, _)| text);
         let (lasts, up, down) = (text(life.lasts), text(life.up), text(life.down));
@@ -80,6 +79,10 @@ pub async fn set(State(control): Shared, body: Body) -> Answer {
         let missing = if life.up.is_some() { "down" } else { "up" };
         let problem = Problem::new(format!("#/{missing}"), format!("{missing}: one alone is no cycle"));
         return Err(problem.hint("up: how long the disk is well; down: how long it then fails").into());
+    }
+    let cycle = life.up.as_ref().zip(life.down.as_ref()).map(|((_, up), (_, down))| up.saturating_add(*down));
+    if cycle.is_some_and(|cycle| cycle < SHORTEST_CYCLE_NS) {
+        return Err(Problem::new("#/down", "down: up and down together are shorter than 20ms").into());
     }
     let cursor = control.cursor();
     let in_force = control.set_mode(mode, life).await;

@@ -210,7 +210,7 @@ impl Control {
             self.ring().listen();
             let rule = self.rule(name)?;
             if wanted.since.is_none() {
-                if rule.counters.injections.load(Relaxed) >= wanted.injections {
+                if rule.counters.told.load(Relaxed) >= wanted.injections {
                     return Ok(self.last_firing(&rule));
                 }
             } else if let Some(record) = self.count_firings(name, wanted.injections, &mut at, &mut seen) {

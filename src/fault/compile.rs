@@ -16,6 +16,7 @@ use super::plan::{Counters, Place, Rule};
 use super::spec::RuleSpec;
 
 pub use places::{name_glob, path_glob};
+pub use triggers::SHORTEST_CYCLE_NS;
 
 /// Names that clients cannot take.
 pub const RESERVED: &[&str] = &["mode", "space"];

@@ -81,6 +81,11 @@ impl Firing {
         self.rule.draw(self.key, self.n, DRAWS_OF_FIRING + k)
     }
 
+    /// To be called when it is told: true for the rule's first.
+    pub fn note_told(&self) -> bool {
+        self.rule.note_told()
+    }
+
     /// It turned out that nothing could be done to the request: as if the rule had not fired.
     pub fn revoke(&self) {
         let counters = &self.rule.counters;
@@ -177,7 +182,8 @@ fn apply(firing: Firing, op: Op, decision: &mut Decision) -> bool {
             return decided;
         }
         // A read that is done and then fails is one that failed.
-        Fault::Error { errors, timing } if *timing == Timing::Before || op == Op::Read => {
+        // So is a listing, whose entries would be counted by us and not by the kernel.
+        Fault::Error { errors, timing } if *timing == Timing::Before || matches!(op, Op::Read | Op::Readdir) => {
             decision.outcome = Outcome::Error(errors.pick(op, firing.draw(0)), firing);
             return true;
         }
@@ -274,6 +280,9 @@ fn meets_condition(ops: OpSet, facts: &impl Facts) -> bool {
 /// For a rule that must fire: how far does this request get?
 #[cold]
 fn look(rule: &Rule, facts: &impl Facts, path: Option<bool>) {
+    if !rule.is_awaited() {
+        return;
+    }
     let (funnel, place) = (&rule.counters.funnel, &rule.place);
     let count = |counter: &AtomicU64| {
         counter.fetch_add(1, Relaxed);
@@ -304,6 +313,11 @@ const DRAWS_OF_TERMS: u64 = 1 << 8;
 const DRAWS_OF_FIRING: u64 = 1 << 16;
 
 impl Rule {
+    /// One more firing was told: true for the first.
+    pub fn note_told(&self) -> bool {
+        self.counters.told.fetch_add(1, Relaxed) == 0
+    }
+
     /// Could some term act on the request?
     fn acts_on(&self, facts: &impl Facts) -> bool {
         (0..self.terms.len()).any(|i| self.term_acts_on(i, facts))
@@ -337,9 +351,11 @@ impl Rule {
         let Some((offset, length)) = facts.range() else { return };
         let Some(start) = offset.checked_next_multiple_of(SECTOR) else { return };
         let whole = start..offset.saturating_add(length) / SECTOR * SECTOR;
-        if whole.start < whole.end {
-            for state in &self.counters.terms {
-                state.healed.lock().entry(facts.path_key()).or_default().add(whole.clone());
+        for (term, state) in self.terms.iter().zip(&self.counters.terms) {
+            let Some(Fault::BadSectors(bad)) = &term.fault else { continue };
+            let parts = bad.ranges.iter().map(|bad| bad.start.max(whole.start)..bad.end.min(whole.end));
+            for part in parts.filter(|part| part.start < part.end) {
+                state.healed.lock().entry(facts.path_key()).or_default().add(part);
             }
         }
     }

@@ -157,7 +157,7 @@ impl AfterRule {
     }
 
     pub fn has_fired(&self) -> bool {
-        self.counters.load().as_ref().is_some_and(|counters| counters.injections.load(Relaxed) > 0)
+        self.counters.load().as_ref().is_some_and(|counters| counters.told.load(Relaxed) > 0)
     }
 
     /// True once, when it has.
@@ -183,8 +183,10 @@ pub struct Term {
 pub struct Counters {
     /// Requests that matched.
     pub matches: AtomicU64,
-    /// Firings.
+    /// Firings, from the moment in which they are decided.
     pub injections: AtomicU64,
+    /// Firings that were told: what is waited for. One whose caller dies in a delay before it is never told.
+    pub told: AtomicU64,
     /// What is counted over the whole mount.
     pub(super) whole: Scope,
     /// What is counted by file or by process. The lock is held to find or add an entry.
@@ -239,6 +241,7 @@ impl Counters {
         Counters {
             matches: AtomicU64::new(0),
             injections: AtomicU64::new(0),
+            told: AtomicU64::new(0),
             whole: Scope::default(),
             scopes: Mutex::default(),
             terms: (0..terms).map(|_| TermState::default()).collect(),
@@ -303,7 +306,8 @@ impl Rule {
         let all = self.trigger.times.is_some_and(|times| counters.whole.injections.load(Relaxed) >= times);
         let used_up =
             |(term, state): (&Term, &TermState)| term.limit.is_some_and(|limit| state.fired.load(Relaxed) >= limit);
-        all || self.terms.iter().zip(&counters.terms).all(used_up)
+        let acting = |(term, _): &(&Term, &TermState)| term.fault.is_some();
+        all || self.terms.iter().zip(&counters.terms).filter(acting).all(used_up)
     }
 
     /// Do both say the same? Then the counters go over from one to the other.
@@ -348,7 +352,7 @@ impl Rule {
 
     /// Must it still fire, for the run to count?
     pub fn is_awaited(&self) -> bool {
-        self.spec.required && self.counters.injections.load(Relaxed) == 0
+        self.spec.required && self.counters.told.load(Relaxed) == 0
     }
 
     /// Does the path condition hold for any of these?
@@ -415,7 +419,12 @@ impl Plan {
 
     fn concerns(&self, op: Op) -> bool {
         let copies = op == Op::CopyFileRange && self.plain_io;
-        copies || !self.awaited.is_empty() || self.candidates(op).iter().any(|word| *word != 0)
+        copies || !self.awaited.is_empty() || self.may_act_on(op)
+    }
+
+    /// Could some rule act on an operation, and not only look at it?
+    pub fn may_act_on(&self, op: Op) -> bool {
+        self.candidates(op).iter().any(|word| *word != 0)
     }
 
     /// The bits of the rules whose path condition holds for any of these paths; a rule without one always holds.

@@ -5,7 +5,7 @@
 //! here waits: whoever changes the rules then lets go what they held and cleans the kernel's caches.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::*};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
@@ -20,6 +20,8 @@ use crate::fault::{Counters, Fault, Op, OpSet, Plan, Problem, Rule, RuleSpec, St
 pub struct Arming {
     /// Bits of the operations that some rule could concern.
     concerned: AtomicU64,
+    /// Could a rule act on what the kernel answers from what it keeps of names or attributes?
+    cached: AtomicBool,
     plan: ArcSwap<Plan>,
     set: Mutex<Set>,
     seed: u64,
@@ -116,6 +118,7 @@ impl Arming {
     pub fn new(seed: u64) -> Arming {
         Arming {
             concerned: AtomicU64::new(0),
+            cached: AtomicBool::new(false),
             plan: ArcSwap::from_pointee(Plan::new(0, Vec::new())),
             set: Mutex::default(),
             seed,
@@ -132,10 +135,9 @@ impl Arming {
         self.concerned.load(Acquire) & (1 << op as u8) != 0
     }
 
-    /// Could a rule concern something that the kernel answers from what it keeps of names or attributes?
+    /// Could a rule act on something that the kernel answers from what it keeps of names or attributes, or tell it wrong ones?
     pub fn concerns_cached(&self) -> bool {
-        const CACHED: u64 = 1 << Op::Lookup as u8 | 1 << Op::Getattr as u8;
-        self.concerned.load(Acquire) & CACHED != 0
+        self.cached.load(Acquire)
     }
 
     pub fn plan(&self) -> arc_swap::Guard<Arc<Plan>> {
@@ -303,6 +305,11 @@ impl Arming {
         turns
     }
 
+    /// Does something with the rule of the mode, which nobody changes meanwhile.
+    pub fn with_mode(&self, act: impl FnOnce(Option<&Rule>)) {
+        act(self.set.lock().mode_rule.as_deref());
+    }
+
     /// Does some rule wait for another?
     pub fn has_waiting(&self) -> bool {
         self.plan().rules.iter().any(|rule| rule.trigger.after_rule.is_some())
@@ -326,6 +333,10 @@ impl Arming {
         let rules = set.rules.iter().chain(&set.mode_rule).cloned().collect();
         let plan = Plan::new(set.plans, rules);
         let concerned = plan.concerned();
+        let wrong = |rule: &Arc<Rule>| rule.spec.enabled && rule.faults().any(|fault| matches!(fault, Fault::Attr(_)));
+        let cached =
+            [Op::Lookup, Op::Getattr].into_iter().any(|op| plan.may_act_on(op)) || plan.rules.iter().any(wrong);
+        self.cached.store(cached, Release);
         self.plan.store(Arc::new(plan));
         self.concerned.store(concerned, Release);
     }

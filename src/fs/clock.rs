@@ -15,7 +15,6 @@ use super::arming::Turns;
 use super::kernel_cache;
 use super::process;
 use super::serve::{Core, Ended};
-use crate::fault::Fault;
 
 const TICK_NS: u64 = 50_000_000;
 /// A look at one caller costs about 8 µs; with very many, most of the time is left to others.
@@ -50,19 +49,16 @@ fn turn(core: &Arc<Core>, from_ns: u64, to_ns: u64) {
         if &*rule.name != "mode" {
             core.ring.change("rule", json!({"rule": &*rule.name, "action": "expired"}));
         } else if core.arming.end_mode(rule, to_ns) {
-            core.capacity.set_full(false);
             core.ring.change("mode", json!({"mode": "allow_writes", "action": "expired"}));
         }
     }
     for (rules, action) in [(&woken, "down"), (&asleep, "up")] {
         for rule in rules {
-            if rule.faults().any(|fault| *fault == Fault::Full) {
-                core.capacity.set_full(action == "down");
-            }
             let event = if &*rule.name == "mode" { "mode" } else { "rule" };
             core.ring.change(event, json!({"rule": &*rule.name, "action": action}));
         }
     }
+    core.follow_mode();
     for rule in ended.iter().chain(&asleep) {
         let held = core.parking.take(usize::MAX, |parked| parked.is_held_by(&rule.name));
         core.resume(held, Ended::Removed);

@@ -29,7 +29,11 @@ impl Core {
         let mut evicted = Vec::new();
         for (path, inode) in self.meant(glob) {
             match inode.undoable.load(Acquire) {
-                true => evicted.push((path, self.evict(&inode))),
+                true => match self.evict(&inode) {
+                    // It was only damaged.
+                    Ok(nothing) if nothing == Evicted::default() => {}
+                    result => evicted.push((path, result)),
+                },
                 false => self.forget_pages(inode.id),
             }
         }
@@ -56,7 +60,8 @@ impl Core {
         let version = self.tree.version();
         let mut files = self.tree.all();
         files.retain(|inode| inode.is_regular());
-        files.sort_by_cached_key(|inode| self.is_parked(inode.id));
+        let held = self.parked_files();
+        files.sort_by_key(|inode| held.contains(&inode.id));
         let named = files.into_iter().map(|inode| (inode.path(version), inode));
         let is_meant = |path: &[u8]| glob.is_none_or(|glob| glob.is_match(OsStr::from_bytes(path)));
         let meant = named.filter(|(path, _)| is_meant(path));

@@ -46,7 +46,10 @@ pub fn can_hide(rules: &[Arc<Rule>]) -> bool {
 
 /// Of rules that are out of force: does the kernel keep wrong things that it was told because of them?
 pub fn leaves_traces(rule: &Rule) -> bool {
-    let wrong = |fault: &Fault| matches!(fault, Fault::Corrupt(_) | Fault::Misdirect(_) | Fault::Attr(_));
+    use Fault::{Attr, BadSectors, Corrupt, Error, Misdirect, Short};
+    // Of a failed read there are pages without contents, which we count.
+    let wrong =
+        |fault: &Fault| matches!(fault, Corrupt(_) | Misdirect(_) | Attr(_) | Error { .. } | BadSectors(_) | Short(_));
     rule.faults().any(wrong) && (wants_pages(rule) || wants_attributes(rule) || wants_names(rule))
 }
 
@@ -55,7 +58,7 @@ fn wants_pages(rule: &Rule) -> bool {
 }
 
 fn wants_attributes(rule: &Rule) -> bool {
-    rule.place.ops.has(Op::Getattr)
+    rule.place.ops.has(Op::Getattr) || rule.faults().any(|fault| matches!(fault, Fault::Attr(_)))
 }
 
 fn wants_names(rule: &Rule) -> bool {
@@ -72,7 +75,8 @@ pub fn clean(core: &Arc<Core>, rules: Vec<Arc<Rule>>, finished: impl FnOnce() + 
     }
     let mut files: Vec<_> = core.tree.all().into_iter().filter(|inode| is_meant(inode, &rules)).collect();
     // Files that a parked request holds come last, so that they keep no other from being done.
-    files.sort_by_cached_key(|inode| core.is_parked(inode.id));
+    let held = core.parked_files();
+    files.sort_by_key(|inode| held.contains(&inode.id));
     left.store(files.len(), Release);
     let (core, count) = (core.clone(), left.clone());
     let helper = std::thread::Builder::new().name("kernel-cache".into()).spawn(move || {

@@ -6,6 +6,7 @@
 //! nothing unless a rule fires.
 
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -149,6 +150,10 @@ impl Core {
             return self.park(caller, call, reply, decision, Wait { stalled: false, rules, until: Some(until) });
         }
         decision.delays.clear();
+        // What was decided by rules that are gone since does not happen any more.
+        if let Some(firing) = decision.stall.take_if(|firing| firing.rule.counters.is_retired()) {
+            firing.revoke();
+        }
         if let Some(firing) = &decision.stall
             && let Fault::Stall { limit_ns, .. } = firing.fault()
         {
@@ -158,6 +163,10 @@ impl Core {
             return self.park(caller, call, reply, decision, Wait { stalled: true, rules, until });
         }
         match decision.outcome {
+            Outcome::Alter(firing) | Outcome::Error(_, firing) if firing.rule.counters.is_retired() => {
+                firing.revoke();
+                self.proceed(caller, call, reply, None);
+            }
             Outcome::Proceed => self.proceed(caller, call, reply, None),
             Outcome::Alter(firing) => self.proceed(caller, call, reply, Some(firing)),
             Outcome::Error(errno, firing) => {
@@ -237,6 +246,13 @@ impl Core {
     fn go_on(self: &Arc<Self>, parked: Parked, how: Ended) {
         let Pending { caller, call, reply, mut decision } = parked.pending;
         if how == Ended::CallerDied {
+            // What was to follow has not happened.
+            if let (Some(stall), false) = (&decision.stall, parked.stalled) {
+                stall.revoke();
+            }
+            if let Outcome::Error(_, firing) | Outcome::Alter(firing) = &decision.outcome {
+                firing.revoke();
+            }
             reply.error(libc::EINTR);
             return;
         }
@@ -256,6 +272,10 @@ impl Core {
     /// can take the disk long: that is not for the last free reader.
     pub fn forget(&self, ino: u64, references: u64) {
         let unused = self.tree.forget(ino, references);
+        if unused.is_some() && self.holds.any() {
+            // Another file may get its number.
+            self.holds.forget(Some(ino));
+        }
         if unused.as_ref().is_some_and(|inode| inode.holds_fd()) && self.readers.is_last_free() {
             self.workers.run(move || drop(unused));
         }
@@ -346,8 +366,8 @@ impl Core {
     /// Puts an injection on the stream. The listener is woken after the reply.
     pub fn inject(&self, caller: &Caller, call: &Call<'_>, firing: &Firing, told: Told) {
         let rule = &firing.rule;
-        if firing.nth == 1 && self.arming.has_waiting() {
-            self.parking.wake_clock();
+        if !told.repeat {
+            self.wake_others(firing.note_told());
         }
         self.ring.inject(Injection {
             rule: rule.name.clone(),
@@ -363,6 +383,13 @@ impl Core {
         });
     }
 
+    /// The first firing of a rule can wake others.
+    fn wake_others(&self, first: bool) {
+        if first && self.arming.has_waiting() {
+            self.parking.wake_clock();
+        }
+    }
+
     /// A refusal by the capacity: an injection of the reserved rule `space`, or of the mode that made it.
     pub fn inject_space(&self, caller: &Caller, call: &Call<'_>, done: Option<u64>, errno: Option<i32>) {
         let (mode, space) = (self.arming.mode().1, &self.arming.space);
@@ -372,6 +399,7 @@ impl Core {
         let counters = &by_mode.unwrap_or(space).counters;
         counters.matches.fetch_add(1, Relaxed);
         let nth = counters.injections.fetch_add(1, Relaxed) + 1;
+        self.wake_others(by_mode.unwrap_or(space).note_told());
         let rule = by_mode.unwrap_or(space).name.clone();
         self.ring.inject(Injection { rule, kind: "space", errno, done, nth, ..self.describe(caller, call) });
     }
@@ -401,6 +429,22 @@ impl Core {
         let mut parked = false;
         self.parking.each(|_, one| parked |= one.pending.call.ino() == ino);
         parked
+    }
+
+    /// The files for which requests wait.
+    pub fn parked_files(&self) -> HashSet<u64> {
+        let mut files = HashSet::new();
+        self.parking.each(|_, one| files.extend([one.pending.call.ino()]));
+        files
+    }
+
+    /// Nothing is free while the mode says so, and the clock.
+    pub fn follow_mode(&self) {
+        self.arming.with_mode(|mode| {
+            let now = self.ring.now_ns();
+            let is_full = |rule: &Rule| rule.faults().any(|fault| *fault == Fault::Full) && rule.is_in_time(now);
+            self.capacity.set_full(mode.is_some_and(is_full));
+        });
     }
 
     /// How long the kernel may keep an answer. While a rule could concern what it keeps, not at all.

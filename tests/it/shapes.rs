@@ -115,6 +115,7 @@ fn a_cached_read_is_short_at_a_page_and_the_file_stays_as_long() {
     assert_eq!(stored(&mounted, "f")[size..], *b"tail");
     let rule = mounted.http("GET", "/v1/rules/r", None).body;
     assert_eq!(rule["injections"], mounted.injections("r").len(), "{rule}");
+    drop((handle, other));
     mounted.end();
 }
 

@@ -8,6 +8,9 @@ use super::{Check, Problem, bytes};
 use crate::fault::plan::{AfterRule, Cycle, Per, Trigger};
 use crate::fault::spec::TriggerSpec;
 
+/// Each turn is an event, and makes the kernel forget what could hide the rule.
+pub const SHORTEST_CYCLE_NS: u64 = 20_000_000;
+
 impl Check {
     /// The trigger, and the life of the rule in nanoseconds.
     pub(super) fn trigger(&mut self, rule: &str, spec: &TriggerSpec, seed: u64) -> (Trigger, Option<u64>) {
@@ -68,6 +71,11 @@ impl Check {
         };
         let up_ns = self.duration("#/trigger/up", up)?;
         let down_ns = self.duration("#/trigger/down", down)?;
+        if up_ns.saturating_add(down_ns) < SHORTEST_CYCLE_NS {
+            let problem = Problem::new("#/trigger/down", "trigger.down: up and down together are shorter than 20ms");
+            self.found(problem.hint("use \"probability\" or \"every\""));
+            return None;
+        }
         if down_ns == 0 {
             self.found(Problem::new("#/trigger/down", "trigger.down: a disk that is never down never fails"));
             return None;

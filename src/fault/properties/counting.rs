@@ -151,6 +151,8 @@ fn name_of(i: usize) -> String {
 struct Count {
     matches: u64,
     injections: u64,
+    /// Has it fired, as of the end of a request?
+    told: bool,
     scopes: HashMap<String, [u64; 3]>,
     terms: HashMap<usize, u64>,
 }
@@ -203,6 +205,7 @@ impl Model<'_> {
                 Act::Off => unreachable!(),
             }
         }
+        self.counts.iter_mut().for_each(|count| count.told = count.injections > 0);
         let stall = stall.map(|(i, _, nth, _)| (name_of(i), nth, "stall".to_string()));
         delays.into_iter().chain(kills).chain(stall).chain(outcome).collect()
     }
@@ -220,7 +223,7 @@ impl Model<'_> {
         if !sketch.matches(request) {
             return None;
         }
-        let awaited = sketch.after_rule.is_none_or(|other| self.counts[other].injections > 0);
+        let awaited = sketch.after_rule.is_none_or(|other| self.counts[other].told);
         let count = &mut self.counts[i];
         count.matches += 1;
         let scope = match sketch.per {
@@ -275,7 +278,10 @@ fn draw(seed: u64, which: u64, name: &str, n: u64, per: &str, path: &str) -> f64
 
 /// What the engine says, in the words of the model.
 fn told(decision: &Decision) -> Vec<Told> {
-    let one = |firing: &Firing, what: String| (firing.rule.name.to_string(), firing.nth, what);
+    let one = |firing: &Firing, what: String| {
+        firing.note_told();
+        (firing.rule.name.to_string(), firing.nth, what)
+    };
     let delays = decision.delays.iter().map(|firing| one(firing, format!("delay {}", firing.delay_ns)));
     let kills = decision.kills.iter().map(|firing| one(firing, "kill".into()));
     let stall = decision.stall.iter().map(|firing| one(firing, "stall".into()));

@@ -209,7 +209,10 @@ proptest! {
                 Outcome::Alter(firing) => Some(firing),
             };
             let all = decision.delays.iter().chain(&decision.kills).chain(&decision.stall).chain(outcome);
-            firings += all.inspect(|firing| carry_out(firing, request)).count() as u64;
+            firings += all.inspect(|firing| {
+                firing.note_told();
+                carry_out(firing, request);
+            }).count() as u64;
             let rule = &plan.rules[0];
             let _ = (rule.state(request.now_ns), rule.is_in_time(request.now_ns));
             prop_assert!(rule.next_turn_ns(request.now_ns).is_none_or(|turn| turn > request.now_ns));

@@ -171,7 +171,7 @@ impl Core {
             return Ok((self.write(caller, call, &Manner::Kept)?, None));
         }
         let parts = in_file(&damaged, *offset);
-        let manner = Manner::Damaged { written: bytes, parts: parts.clone(), mark: mark(firing) };
+        let manner = Manner::Damaged { written: bytes, parts: near_ones_as_one(&parts), mark: mark(firing) };
         Ok((self.write(caller, call, &manner)?, Some(Told { changed: Some(Arc::new(parts)), ..Told::default() })))
     }
 
@@ -237,6 +237,20 @@ fn written(answer: &Answer) -> Option<u64> {
 /// Places in a request as places in the file.
 fn in_file(ranges: &[Range<usize>], offset: u64) -> Vec<Range<u64>> {
     ranges.iter().map(|range| offset + range.start as u64..offset + range.end as u64).collect()
+}
+
+/// Places with little between them, as one: what is between them is right in either.
+fn near_ones_as_one(parts: &[Range<u64>]) -> Vec<Range<u64>> {
+    /// Less than it costs to keep another place.
+    const LITTLE: u64 = 128;
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for part in parts {
+        match merged.last_mut() {
+            Some(last) if part.start <= last.end + LITTLE => last.end = part.end,
+            _ => merged.push(part.clone()),
+        }
+    }
+    merged
 }
 
 fn mark(firing: &Firing) -> Mark {

@@ -442,6 +442,7 @@ impl Change<'_> {
             }
             Manner::Damaged { written, parts, mark } => {
                 room_to_keep(data.len())?;
+                self.lock_undo();
                 let written = put(&written[..data.len()], offset)?;
                 self.wrote(false, offset..offset + written as u64);
                 for part in parts.iter().map(part).filter(|part| !part.is_empty()) {
@@ -458,6 +459,7 @@ impl Change<'_> {
     /// becomes as long as it would have, because its size is not on the place of its data.
     fn put_astray(&mut self, place: u64, mark: &Mark, data: &[u8], offset: u64) -> io::Result<usize> {
         room_to_keep(2 * data.len())?;
+        self.lock_undo();
         let end = offset + data.len() as u64;
         let size = end.max(stat(self.fd)?.st_size as u64);
         if size == end {
@@ -471,18 +473,26 @@ impl Change<'_> {
         covered.truncate(had);
         file.write_all_at(&data[..had], place)?;
         self.wrote(false, place..place + had as u64);
+        // What was lost before may not take the size back.
+        self.wrote(true, end..end);
         // Where the two places overlap, what was to be written there is right.
         self.keep_original(place, &covered, mark);
         self.keep_original(offset, data, mark);
         Ok(data.len())
     }
 
+    /// From here on nobody else writes what is to be kept.
+    fn lock_undo(&mut self) {
+        let inode = self.inode;
+        self.undo.get_or_insert_with(|| inode.undo.lock());
+    }
+
     /// Keeps what a place should have, for a repair.
     fn keep_original(&mut self, offset: u64, bytes: &[u8], mark: &Mark) {
-        let inode = self.inode;
-        let undo = self.undo.get_or_insert_with(|| inode.undo.lock());
-        undo.originals.put(offset, bytes, mark);
-        inode.undoable.store(true, Release);
+        if let Some(undo) = self.undo.as_mut() {
+            undo.originals.put(offset, bytes, mark);
+            self.inode.undoable.store(true, Release);
+        }
     }
 
     /// Saves what a dropped write is about to cover.
