@@ -41,6 +41,8 @@ use crate::sys::mounts::{self, SOURCE};
 const PATIENCE: Duration = Duration::from_secs(1);
 /// After a signal: how long a lazily detached mount may live on before its connection is cut.
 const LINGER: Duration = Duration::from_secs(10);
+/// At the end: how long what was let go may take to be through.
+const AT_IT: Duration = Duration::from_secs(2);
 const LOCK_TRIES: u32 = 60;
 
 /// What to mount, decided in every respect: paths are absolute, names chosen.
@@ -593,6 +595,10 @@ impl Serving {
 
     fn finish(self) {
         self.core.parking.close();
+        // What was let go may be about to write what is to be lost.
+        if !self.core.workers.wait(AT_IT) {
+            tracing::warn!("requests that went on at the end are still at it: the disk hangs");
+        }
         for (path, result) in self.core.evict_all(None) {
             match result {
                 Ok(evicted) => tracing::info!(path, ?evicted, "dropped writes taken back"),

@@ -288,12 +288,14 @@ impl Control {
         }
     }
 
+    fn clear_virtual(&self, requested: &mut Requested) {
+        requested.r#virtual = None;
+        self.core.capacity.set(crate::space::Limits::default());
+    }
+
     async fn clear_part(&self, part: Part) {
         match part {
-            Part::Virtual => {
-                self.space.lock().await.r#virtual = None;
-                self.core.capacity.set(crate::space::Limits::default());
-            }
+            Part::Virtual => self.clear_virtual(&mut *self.space.lock().await),
             Part::Ballast => drop(self.remove_ballast().await),
         }
     }
@@ -305,6 +307,8 @@ impl Control {
             None => self.clear_part(Part::Virtual).await,
             Some((_, limits)) => {
                 let mut requested = self.space.lock().await;
+                // The life of what was set before ends here, though its clock may be waiting for the lock.
+                requested.settings[Part::Virtual as usize] += 1;
                 let core = self.core.clone();
                 helper(move || usage::set_capacity(&core, limits)).await?.map_err(not_counted)?;
                 requested.r#virtual = asked.clone();
@@ -383,10 +387,18 @@ impl Control {
         let control = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(life).await;
-            if control.space.lock().await.settings[part as usize] == setting {
-                control.clear_part(part).await;
-                control.ring().change("space", json!({"action": "expired", "what": part.word()}));
+            let mut requested = control.space.lock().await;
+            if requested.settings[part as usize] != setting {
+                return;
             }
+            match part {
+                Part::Virtual => control.clear_virtual(&mut requested),
+                Part::Ballast => {
+                    drop(requested);
+                    control.remove_ballast().await;
+                }
+            }
+            control.ring().change("space", json!({"action": "expired", "what": part.word()}));
         });
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::*};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -27,6 +27,8 @@ struct Counts {
     threads: AtomicUsize,
     /// Threads that wait for a job, less the jobs that wait for a thread.
     idle: AtomicUsize,
+    /// Jobs that are not done.
+    jobs: AtomicUsize,
 }
 
 impl Default for Workers {
@@ -39,6 +41,12 @@ impl Default for Workers {
 impl Workers {
     /// Runs a job on some thread, soon. A job that panics takes nothing with it.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) {
+        self.counts.jobs.fetch_add(1, AcqRel);
+        let counts = self.counts.clone();
+        let job = move || {
+            let _done = Done(counts);
+            job();
+        };
         // The job claims an idle thread, or one is started for it.
         let claimed = self.counts.idle.fetch_update(AcqRel, Acquire, |idle| idle.checked_sub(1)).is_ok();
         if self.sender.send(Box::new(job)).is_err() {
@@ -47,6 +55,18 @@ impl Workers {
         if !claimed && self.counts.threads.load(Acquire) < MOST {
             self.start();
         }
+    }
+
+    /// Waits until all jobs are done, with a limit; false when some are not.
+    pub fn wait(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        while self.counts.jobs.load(Acquire) > 0 {
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
     }
 
     fn start(&self) {
@@ -62,6 +82,15 @@ impl Workers {
                 job();
             }
         }
+    }
+}
+
+/// A job is done, however it ended.
+struct Done(Arc<Counts>);
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        self.0.jobs.fetch_sub(1, AcqRel);
     }
 }
 
@@ -111,6 +140,8 @@ mod tests {
         for _ in 0..20 {
             seen.recv_timeout(Duration::from_secs(10)).expect("a free thread");
         }
+        assert!(!workers.wait(Duration::from_millis(20)), "twenty hang");
         drop(release);
+        assert!(workers.wait(Duration::from_secs(10)));
     }
 }
