@@ -6,6 +6,7 @@
 //! # Layout
 //!
 //! - [`sys`] — Linux interfaces, one a file; the only place with `unsafe`.
+//! - [`ranges`] — sets of byte ranges, which several parts keep.
 //! - [`fault`] — rules in, decision out. Pure.
 //! - [`event`] — the record of what happened, and the ring that holds it.
 //! - [`durability`] — what can be taken back.
@@ -24,7 +25,7 @@
 //! |---|---|---|---|
 //! | reader (`fuser-N`) | processors + 1 | reads a request, decides, does it, replies | the backing filesystem |
 //! | `worker` | as needed, at most 256 | what the last free reader has read, parked requests that go on | the backing filesystem |
-//! | `clock` | 1 | lets delayed requests go, ends the lives of rules, lets killed callers die | nothing |
+//! | `clock` | 1 | lets delayed requests go, ends the lives of rules and wakes those that come later, lets killed callers die | nothing |
 //! | `control` | 1 | HTTP and the event stream | its clients |
 //! | `watch` | 1 | once a second: what others changed below us, memory to give back | the backing filesystem, readers |
 //! | `helper`, `kernel-cache` | as needed | what could block: cleaning the kernel's caches, evicting, counting | readers |

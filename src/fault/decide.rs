@@ -110,9 +110,9 @@ pub enum Outcome {
 #[derive(Debug, Default)]
 pub struct Decision {
     /// Firings that delay, in order; their delays add up.
-    pub delays: smallvec::SmallVec<[Firing; 1]>,
+    pub delays: Vec<Firing>,
     /// Firings that send signals.
-    pub kills: smallvec::SmallVec<[Firing; 1]>,
+    pub kills: Vec<Firing>,
     pub stall: Option<Firing>,
     pub outcome: Outcome,
 }

@@ -380,6 +380,61 @@ fn eviction_does_not_keep_its_client_waiting_for_a_parked_read() {
     mounted.end();
 }
 
+/// A process that does something with a file of the mount, and has it open already.
+fn python_with(file: &PathBuf, act: &str) -> Child {
+    let script = format!("import os,sys\nfd=os.open(sys.argv[1],os.O_RDWR)\n{act}");
+    Command::new("python3").args(["-c", &script]).arg(file).spawn().unwrap()
+}
+
+#[test]
+fn an_error_behind_a_delay_in_which_the_caller_dies_has_not_happened() {
+    let mounted = Mounted::new();
+    let file = file(&mounted, "file");
+    let delay = json!({"match": {"ops": ["fsync"]}, "fault": {"kind": "latency", "delay": "60s"}});
+    mounted.rule("slow", delay);
+    let once = json!({"times": 1});
+    let error = json!({"kind": "error", "errno": "EIO"});
+    mounted.rule("eio", json!({"required": true, "match": {"ops": ["fsync"]}, "trigger": once, "fault": error}));
+    let mut caller = python_with(&file, "os.fsync(fd)");
+    eventually_parked(&mounted, 1);
+    caller.kill().unwrap();
+    caller.wait().unwrap();
+    let rule = mounted.http("GET", "/v1/rules/eio", None).body;
+    assert_eq!((&rule["injections"], &rule["state"]), (&json!(0), &json!("armed")), "{rule}");
+    assert_eq!(mounted.try_cli(&["rule", "check"]).code, 1, "nobody has met it");
+    assert!(mounted.injections("eio").is_empty());
+    mounted.end();
+}
+
+#[test]
+fn what_a_removed_rule_had_decided_behind_a_delay_does_not_happen() {
+    let mounted = Mounted::new();
+    let path = file(&mounted, "file");
+    mounted.rule("slow", json!({"match": {"ops": ["write"]}, "fault": {"kind": "latency", "delay": "60s"}}));
+    mounted.rule("lost", json!({"match": {"ops": ["write"]}, "fault": {"kind": "drop"}}));
+    let writer = hanging(move || OpenOptions::new().write(true).open(path).unwrap().write_all_at(b"kept", 0));
+    eventually_parked(&mounted, 1);
+    mounted.reset();
+    writer.join().unwrap().unwrap();
+    mounted.cli(&["evict"]);
+    assert_eq!(std::fs::read(mounted.backing.join("file")).unwrap()[..4], *b"kept");
+    assert!(mounted.injections("lost").is_empty());
+    mounted.end();
+}
+
+/// In exec the kernel closes files under a lock that a look at the process in procfs may wait for.
+#[test]
+fn a_close_that_stalls_in_exec_takes_no_reader_away() {
+    let mounted = Mounted::new();
+    let file = file(&mounted, "file");
+    stall(&mounted, "flush", "/file");
+    let mut caller = python_with(&file, "os.execvp('true',['true'])");
+    eventually_parked(&mounted, 1);
+    mounted.http("POST", "/v1/rules/hang/release", Some(&json!({})));
+    assert!(caller.wait().unwrap().success());
+    mounted.end();
+}
+
 /// As many as a busy server could have, on a mount where every request stalls.
 const MANY: u64 = 10_000;
 
