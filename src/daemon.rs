@@ -34,6 +34,8 @@ use crate::fault::document;
 use crate::fs::adapter::Adapter;
 use crate::fs::mount::{How, Living, Places, holders, prepare, unmount, unmount_patiently};
 use crate::fs::{Core, Ended, clock, watch};
+use crate::host::state::StateDir;
+use crate::host::{Machine, guard};
 use crate::sys::memory;
 use crate::sys::mounts::{self, SOURCE};
 
@@ -52,6 +54,8 @@ pub struct Options {
     pub mountpoint: PathBuf,
     pub instance: String,
     pub run_dir: PathBuf,
+    /// Where what was done to the machine is written.
+    pub state: StateDir,
     pub socket: PathBuf,
     /// The log file, which standard error is by now; none in the foreground without one.
     pub log: Option<PathBuf>,
@@ -91,7 +95,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     memory::hold_little();
     start_log();
     let signals = block_signals().map_err(|error| failure(format!("signals: {error}")))?;
-    let claim = Claim::of(&options)?;
+    let claim = Claim::of(&options.run_dir, &options.instance)?;
     let living = others(&options)?;
     let places = prepare(&options.backing, &options.mountpoint, &living)
         .map_err(|refused| with_hint(refused.reason, refused.hint))?;
@@ -102,7 +106,8 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     let mounted = Mounted::new(&core, &options, &places)?;
     let identity = mounted.identity(&options, &places);
     claim.write(&identity).map_err(|error| failure(format!("{}: {error}", claim.path.display())))?;
-    let serving = Serving::start(core, mounted, listener, identity)?;
+    let machine = Machine::new(core.ring.clone(), &identity.boot_id, options.state.clone());
+    let serving = Serving::start(core, machine, mounted, listener, identity)?;
     ready(&serving.ready_line());
     tracing::info!(seed = serving.core.arming.seed(), "{}", serving.ready_line());
     serving.wait(&signals);
@@ -139,27 +144,28 @@ struct Claim {
 }
 
 impl Claim {
-    fn of(options: &Options) -> Result<Claim, Failure> {
-        let path = options.run_dir.join(format!("{}.json", options.instance));
+    fn of(run_dir: &Path, instance: &str) -> Result<Claim, Failure> {
+        let path = run_dir.join(format!("{instance}.json"));
         let cannot = |error: io::Error| {
             with_hint(format!("{}: {error}", path.display()), "NEMESISFS_RUNDIR names another directory")
         };
-        std::fs::create_dir_all(&options.run_dir).map_err(cannot)?;
+        std::fs::create_dir_all(run_dir).map_err(cannot)?;
         let open = || OpenOptions::new().create(true).truncate(false).write(true).read(true).mode(0o644).open(&path);
         let file = open().map_err(cannot)?;
         if let Ok(lock) = lock(file) {
             return Ok(Claim { path, lock });
         }
-        let error = format!("an instance {:?} is running already", options.instance);
-        Err(with_hint(error, format!("nemesisfs umount --instance {}, or --instance another", options.instance)))
+        let error = format!("an instance {instance:?} is running already");
+        Err(with_hint(error, format!("nemesisfs umount --instance {instance}, or --instance another")))
     }
 
     fn write(&self, identity: &Identity) -> io::Result<()> {
+        let mount = identity.mount.as_ref();
         let state = State {
             instance: identity.instance.clone(),
             pid: std::process::id() as i32,
-            mountpoint: identity.mountpoint.clone(),
-            backing: identity.backing.clone(),
+            mountpoint: mount.map(|mount| mount.mountpoint.clone()),
+            backing: mount.map(|mount| mount.backing.clone()),
             socket: identity.socket.clone(),
             log: identity.log.clone(),
         };
@@ -180,22 +186,23 @@ fn others(options: &Options) -> Result<Vec<Living>, Failure> {
     let living = instances::living(&options.run_dir)
         .map_err(|error| failure(format!("{}: {error}", options.run_dir.display())))?;
     let others = living.into_iter().filter(|other| other.state.instance != options.instance);
-    let living = |other: instances::Instance| Living {
-        instance: other.state.instance,
-        backing: other.state.backing,
-        mountpoint: other.state.mountpoint,
+    let living = |other: instances::Instance| {
+        let State { instance, backing, mountpoint, .. } = other.state;
+        Some(Living { instance, backing: backing?, mountpoint: mountpoint? })
     };
-    Ok(others.map(living).collect())
+    Ok(others.filter_map(living).collect())
 }
 
 /// Nothing that we need may lie below the mountpoint: we would wait for ourselves.
 fn keep_out_of_mount(options: &Options, places: &Places) -> Result<(), Failure> {
-    for file in [Some(&options.socket), options.log.as_ref(), Some(&options.run_dir)].into_iter().flatten() {
+    let ours =
+        [Some(options.socket.as_path()), options.log.as_deref(), Some(&options.run_dir), Some(options.state.path())];
+    for file in ours.into_iter().flatten() {
         let parent = file.parent().unwrap_or(Path::new("/"));
         let real = parent.canonicalize().unwrap_or_else(|_| parent.to_path_buf());
         if real.starts_with(&places.mountpoint) {
             let error = format!("{} lies under the mountpoint", file.display());
-            return Err(with_hint(error, "use --socket, --log, NEMESISFS_RUNDIR"));
+            return Err(with_hint(error, "use --socket, --log, NEMESISFS_RUNDIR, NEMESISFS_STATEDIR"));
         }
     }
     Ok(())
@@ -271,8 +278,13 @@ fn lock(mut file: File) -> Result<Flock<File>, Errno> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)
 }
 
-/// The standard library's hash keys are random, and that is all that is needed here.
-/// A seed that every language reads from JSON as it was written: 53 bits.
+/// Tells one run of a daemon from another.
+fn boot_id() -> String {
+    format!("{:06x}", random() & 0xff_ffff)
+}
+
+/// A seed that every language reads from JSON as it was written: 53 bits. The standard library's hash keys are random,
+/// and that is all that is needed here.
 fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::collections::hash_map::RandomState::new().build_hasher().finish() >> 11
@@ -398,12 +410,14 @@ impl Mounted {
     fn identity(&self, options: &Options, places: &Places) -> Identity {
         Identity {
             instance: options.instance.clone(),
-            boot_id: format!("{:06x}", random() & 0xff_ffff),
-            backing: places.backing.clone(),
-            mountpoint: places.mountpoint.clone(),
+            boot_id: boot_id(),
             socket: options.socket.clone(),
             log: options.log.clone(),
-            readers: self.readers,
+            mount: Some(control::Mount {
+                backing: places.backing.clone(),
+                mountpoint: places.mountpoint.clone(),
+                readers: self.readers,
+            }),
         }
     }
 }
@@ -457,6 +471,7 @@ fn mount_flags(core: &Core, options: &Options) -> Result<MsFlags, Failure> {
 struct Serving {
     core: Arc<Core>,
     identity: Identity,
+    mountpoint: PathBuf,
     minor: u32,
     /// Closed when the kernel has ended the connection.
     ended: Receiver<()>,
@@ -465,6 +480,8 @@ struct Serving {
     stop_clock: Arc<AtomicBool>,
     /// Dropped, it ends the watch, which nobody waits for: it may hang with the disk.
     stop_watch: Sender<()>,
+    /// The same for the thread that watches over the machine: it may wait for a tool.
+    stop_guard: Sender<()>,
     control: control::Running,
     wanted: Receiver<Unmount>,
 }
@@ -472,6 +489,7 @@ struct Serving {
 impl Serving {
     fn start(
         core: Arc<Core>,
+        machine: Machine,
         mounted: Mounted,
         listener: UnixListener,
         identity: Identity,
@@ -491,19 +509,26 @@ impl Serving {
         let (stop_watch, stop) = bounded(0);
         let watched = core.clone();
         thread("watch").spawn(move || watch::run(&watched, &stop)).map_err(cannot)?;
+        let machine = Arc::new(machine);
+        let (stop_guard, stop) = bounded(0);
+        let guarded = machine.clone();
+        thread("machine").spawn(move || guard::run(&guarded, &stop)).map_err(cannot)?;
         let (unmount, wanted) = unbounded();
-        let control = control::start(listener, core.clone(), identity.clone(), unmount).map_err(cannot)?;
+        let some = Some(core.clone());
+        let control = control::start(listener, some, machine, identity.clone(), unmount).map_err(cannot)?;
         // From here on it ends in order.
-        place.0 = None;
+        let mountpoint = place.0.take().unwrap_or_default();
         Ok(Serving {
             core,
             identity,
+            mountpoint,
             minor,
             ended,
             session: session.map_err(cannot)?,
             clock: clock.map_err(cannot)?,
             stop_clock,
             stop_watch,
+            stop_guard,
             control,
             wanted,
         })
@@ -516,7 +541,7 @@ impl Serving {
         format!(
             "ready instance={} mount={} socket={} pid={} log={log}",
             identity.instance,
-            identity.mountpoint.display(),
+            self.mountpoint.display(),
             identity.socket.display(),
             std::process::id(),
         )
@@ -563,7 +588,7 @@ impl Serving {
 
     fn unmount(&self, how: How) -> Result<(), Unmounted> {
         self.let_go();
-        let mountpoint = &self.identity.mountpoint;
+        let mountpoint = &self.mountpoint;
         let result = match how {
             How::Normal => unmount_patiently(mountpoint, self.minor, PATIENCE),
             How::Lazy | How::Force => unmount(mountpoint, self.minor, how),
@@ -584,7 +609,7 @@ impl Serving {
     fn end_by_signal(&self) {
         tracing::info!("told to end");
         self.let_go();
-        let mountpoint = &self.identity.mountpoint;
+        let mountpoint = &self.mountpoint;
         let orderly = unmount_patiently(mountpoint, self.minor, Duration::from_millis(200));
         if orderly.is_err()
             && let Err(error) = unmount(mountpoint, self.minor, How::Lazy)
@@ -608,7 +633,7 @@ impl Serving {
         if let Err(error) = self.core.ballast.remove(self.core.tree.backing()) {
             tracing::error!(%error, "ballast could not be removed");
         }
-        drop(self.stop_watch);
+        drop((self.stop_watch, self.stop_guard));
         self.stop_clock.store(true, Release);
         self.core.parking.wake_clock();
         let _ = self.clock.join();

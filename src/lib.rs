@@ -12,6 +12,7 @@
 //! - [`durability`] — what can be taken back.
 //! - [`space`] — capacity.
 //! - [`fs`] — the filesystem, the hot path.
+//! - [`host`] — what is done to the machine: devices that fail, where coredumps go.
 //! - [`control`] — the socket.
 //! - [`daemon`] — from options to a mount that serves, and to its end.
 //! - [`client`], [`cli`] — the command line, which talks to the socket and to nothing else.
@@ -28,6 +29,7 @@
 //! | `clock` | 1 | lets delayed requests go, ends the lives of rules and wakes those that come later, lets killed callers die | nothing |
 //! | `control` | 1 | HTTP and the event stream | its clients |
 //! | `watch` | 1 | once a second: what others changed below us, memory to give back | the backing filesystem, readers |
+//! | `machine` | 1 | ends what was done to the machine when its time has come, hears what other daemons do to it | tools of the system |
 //! | `helper`, `kernel-cache` | as needed | what could block: cleaning the kernel's caches, evicting, counting | readers |
 //! | main, `signals` | 2 | the beginning and the end | all |
 //!
@@ -54,6 +56,7 @@ pub mod durability;
 pub mod event;
 pub mod fault;
 pub mod fs;
+pub mod host;
 pub mod ranges;
 pub mod space;
 pub mod sys;

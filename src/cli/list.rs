@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::client::instances::{self, Instance, same_place};
+use crate::client::instances::{self, Instance};
 use crate::client::{Client, ClientError, Host, exit, host};
 use crate::sys::mounts::{self, Mount};
 
@@ -86,7 +86,7 @@ fn is_stale(mount: &Mount, instances: &[Instance]) -> bool {
         return false;
     };
     let owns = |instance: &Instance| {
-        instance.alive && instance.state.instance == name && same_place(&instance.state.mountpoint, &mount.mountpoint)
+        instance.alive && instance.state.instance == name && instance.is_mounted_at(&mount.mountpoint)
     };
     !instances.iter().any(owns)
 }

@@ -25,6 +25,7 @@ use serde_json::Value;
 use crate::client::instances::{self, lexical};
 use crate::client::{ClientError, exit};
 use crate::daemon::{self, Options};
+use crate::host::state::StateDir;
 
 use super::rule;
 use super::session::World;
@@ -240,6 +241,7 @@ fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Options, ClientError> {
         mountpoint,
         instance,
         run_dir: lexical(run_dir),
+        state: StateDir::of_machine(),
         socket,
         log: Some(log),
         rules_file,
@@ -460,8 +462,8 @@ mod tests {
         let state = State {
             instance: "data".into(),
             pid: 1,
-            mountpoint: "/a/data".into(),
-            backing: "/b".into(),
+            mountpoint: Some("/a/data".into()),
+            backing: Some("/b".into()),
             socket: "/s".into(),
             log: None,
         };

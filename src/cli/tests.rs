@@ -70,8 +70,8 @@ fn alive(fake: &Fake, name: &str) -> Flock<File> {
     let state = State {
         instance: name.into(),
         pid: 4711,
-        mountpoint: format!("/nonexistent/{name}").into(),
-        backing: "/backing".into(),
+        mountpoint: Some(format!("/nonexistent/{name}").into()),
+        backing: Some("/backing".into()),
         socket: fake.socket.clone(),
         log: None,
     };

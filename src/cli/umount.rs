@@ -10,7 +10,7 @@ use clap::Args;
 use nix::errno::Errno;
 use serde_json::json;
 
-use crate::client::instances::{self, Instance, lexical, without_touching};
+use crate::client::instances::{self, Instance, State, lexical, without_touching};
 use crate::client::{Client, ClientError, Host, exit};
 use crate::sys::mounts::{self, FILESYSTEM_TYPE, Mount};
 
@@ -77,7 +77,10 @@ fn local(world: &World, args: &UmountArgs) -> Result<String, ClientError> {
     let living = wanted.iter().find(|instance| instance.alive);
     let mountpoint = match (&args.mountpoint, wanted.first()) {
         (Some(path), _) => lexical(path),
-        (None, Some(instance)) => instance.state.mountpoint.clone(),
+        (None, Some(instance)) => match &instance.state.mountpoint {
+            Some(mountpoint) => mountpoint.clone(),
+            None => return end_without_mount(world, instance),
+        },
         (None, None) => match mount_of(args.instance.as_deref())? {
             Some(mount) => mount.mountpoint,
             None => return Ok(not_mounted(args)),
@@ -89,6 +92,21 @@ fn local(world: &World, args: &UmountArgs) -> Result<String, ClientError> {
     let said = end_dead(&mountpoint, args, !wanted.is_empty())?;
     wanted.iter().for_each(|instance| instance.forget());
     Ok(said)
+}
+
+/// A daemon that serves the machine alone.
+fn end_without_mount(world: &World, instance: &Instance) -> Result<String, ClientError> {
+    let State { instance: name, socket, pid, .. } = &instance.state;
+    if !instance.alive {
+        instance.forget();
+        return Ok(format!("{name}: not running"));
+    }
+    let client = Client::new(Host::Unix(socket.clone()), world.globals.connect_timeout.length)?;
+    match client.post("/v1/unmount", &json!({})) {
+        Err(error) if error.exit != exit::NO_INSTANCE => Err(error),
+        _ if has_ended_within(instance, END_LIMIT) => Ok(format!("{name} has ended")),
+        _ => Err(ClientError::timed_out(format!("{name} was told to end, and pid {pid} has not"))),
+    }
 }
 
 fn is_meant(instance: &Instance, args: &UmountArgs) -> bool {

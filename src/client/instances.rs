@@ -16,8 +16,9 @@ use serde::{Deserialize, Serialize};
 pub struct State {
     pub instance: String,
     pub pid: i32,
-    pub mountpoint: PathBuf,
-    pub backing: PathBuf,
+    /// None of a daemon that serves the machine alone.
+    pub mountpoint: Option<PathBuf>,
+    pub backing: Option<PathBuf>,
     pub socket: PathBuf,
     #[serde(default)]
     pub log: Option<PathBuf>,
@@ -95,7 +96,7 @@ impl Instance {
 
     /// Whether it serves the mountpoint that the user calls `path`.
     pub fn is_mounted_at(&self, path: &Path) -> bool {
-        same_place(&self.state.mountpoint, path)
+        self.state.mountpoint.as_deref().is_some_and(|mountpoint| same_place(mountpoint, path))
     }
 
     /// Removes what a dead daemon left in the run directory. The lock keeps a daemon that starts under the same name
@@ -158,8 +159,8 @@ mod tests {
             instance: name.into(),
             // No process has this number.
             pid: i32::MAX,
-            mountpoint: format!("/mnt/{name}").into(),
-            backing: "/b".into(),
+            mountpoint: Some(format!("/mnt/{name}").into()),
+            backing: Some("/b".into()),
             socket: dir.join(format!("{name}.sock")),
             log: None,
         };

@@ -3,7 +3,6 @@
 //! On the control thread. Each client is a cursor into the ring, moved when its connection takes more: a client that
 //! does not read costs nothing and is told afterwards how much it missed.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -17,7 +16,7 @@ use globset::GlobMatcher;
 use serde_json::{Map, Value, json};
 
 use super::problem::Problem;
-use super::{Answer, Control, Shared, body};
+use super::{Answer, AnyDaemon, OfAny, Service, body};
 use crate::event::{Cursor, Filter, Read};
 use crate::fault::compile::{name_glob, path_glob};
 
@@ -47,7 +46,7 @@ struct Message {
 
 /// A client's place.
 struct Place {
-    control: Arc<Control>,
+    service: AnyDaemon,
     filter: Filter,
     at: Cursor,
     follow: bool,
@@ -61,7 +60,7 @@ struct Place {
 
 const PARAMETERS: &[&str] = &["follow", "since", "rule", "kind", "op", "path", "pid", "limit"];
 
-pub async fn stream(State(control): Shared, headers: HeaderMap, RawQuery(query): RawQuery) -> Answer {
+pub async fn stream(State(service): OfAny, headers: HeaderMap, RawQuery(query): RawQuery) -> Answer {
     let query = body::query(query.as_deref(), PARAMETERS)?;
     let follow = match text(&query, "follow") {
         None | Some("true" | "") => true,
@@ -70,17 +69,17 @@ pub async fn stream(State(control): Shared, headers: HeaderMap, RawQuery(query):
     };
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok());
     let since = text(&query, "since").or(last);
-    let (at, lost) = match since.map(|id| (id, parse_id(id, &control.identity.boot_id))) {
+    let (at, lost) = match since.map(|id| (id, parse_id(id, &service.identity.boot_id))) {
         Some((_, Some(Id::Ours(seq)))) => (Cursor(seq.saturating_add(1)), false),
-        Some((_, Some(Id::Earlier))) => (control.ring().oldest(), true),
+        Some((_, Some(Id::Earlier))) => (service.ring().oldest(), true),
         Some((id, None)) => return Err(Problem::bad_request(format!("since: {id:?} is not the id of an event"))),
-        None if follow => (control.ring().cursor(), false),
-        None => (control.ring().oldest(), false),
+        None if follow => (service.ring().cursor(), false),
+        None => (service.ring().oldest(), false),
     };
     let place = Place {
         filter: filter(&query)?,
         left: body::number(&query, "limit")?,
-        control,
+        service,
         at,
         follow,
         greeted: false,
@@ -144,23 +143,23 @@ impl Place {
             self.lost = false;
             return Some(self.gap(None));
         }
-        let control = self.control.clone();
+        let service = self.service.clone();
         loop {
             if self.ended || self.left == Some(0) {
                 return None;
             }
-            let published = control.published.notified();
+            let published = service.published.notified();
             tokio::pin!(published);
             published.as_mut().enable();
-            control.ring().listen();
-            match control.ring().read(self.at) {
+            service.ring().listen();
+            match service.ring().read(self.at) {
                 Read::Event(record) => {
                     self.at = Cursor(self.at.0 + 1);
                     self.ended = record.event() == "bye";
                     if self.ended || self.filter.wants(&record) {
                         self.left = self.left.map(|left| left - 1);
-                        let (id, name) = (control.id(Cursor(record.seq)), record.event());
-                        return Some(Message { id: Some(id), name, data: control.record_json(&record) });
+                        let (id, name) = (service.id(Cursor(record.seq)), record.event());
+                        return Some(Message { id: Some(id), name, data: service.record_json(&record) });
                     }
                 }
                 Read::Gap { missed, next } => {
@@ -174,23 +173,23 @@ impl Place {
     }
 
     fn hello(&self) -> Message {
-        let (ring, boot_id) = (self.control.ring(), &self.control.identity.boot_id);
+        let (ring, boot_id) = (self.service.ring(), &self.service.identity.boot_id);
         let data = json!({
-            "event": "hello", "boot_id": boot_id, "instance": self.control.identity.instance,
-            "oldest": self.control.id(ring.oldest()), "newest": self.control.cursor(),
-            "seed": self.control.core.arming.seed(),
+            "event": "hello", "boot_id": boot_id, "instance": self.service.identity.instance,
+            "oldest": self.service.id(ring.oldest()), "newest": self.service.cursor(),
+            "seed": self.service.seed,
         });
         Message { id: None, name: "hello", data }
     }
 
     /// Events were lost to this client: so many, or, over a restart, nobody knows how many.
     fn gap(&self, missed: Option<u64>) -> Message {
-        let data = json!({"event": "gap", "missed": missed, "next": self.control.id(self.at)});
+        let data = json!({"event": "gap", "missed": missed, "next": self.service.id(self.at)});
         Message { id: None, name: "gap", data }
     }
 }
 
-impl Control {
+impl Service {
     pub(super) fn record_json(&self, record: &crate::event::Record) -> Value {
         record.json(&self.identity.boot_id, &self.identity.instance)
     }

@@ -16,6 +16,7 @@ mod rules;
 mod space;
 mod state;
 
+use std::ops::Deref;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::extract::FromRef;
 use axum::http::{Method, Uri};
 use axum::routing::{get, post};
 use crossbeam_channel::Sender;
@@ -33,6 +35,7 @@ use crate::event::{Cursor, Ring};
 use crate::fault::Rule;
 use crate::fs::mount::{Holder, How};
 use crate::fs::{Changed, Core, Ended, kernel_cache};
+use crate::host::Machine;
 use problem::Problem;
 
 /// How long a change of the rules waits for the kernel to forget what could hide them.
@@ -46,10 +49,17 @@ pub struct Identity {
     pub instance: String,
     /// Distinguishes this run's events from those of an earlier daemon under the same name.
     pub boot_id: String,
-    pub backing: PathBuf,
-    pub mountpoint: PathBuf,
     pub socket: PathBuf,
     pub log: Option<PathBuf>,
+    /// None of one that serves the machine alone.
+    pub mount: Option<Mount>,
+}
+
+/// What it serves.
+#[derive(Clone, Debug)]
+pub struct Mount {
+    pub backing: PathBuf,
+    pub mountpoint: PathBuf,
     pub readers: usize,
 }
 
@@ -66,18 +76,54 @@ pub enum Unmounted {
     Failed(String),
 }
 
-/// What the handlers share.
-pub struct Control {
-    pub core: Arc<Core>,
+/// What the handlers of every daemon share, with a mount or without.
+pub struct Service {
     pub identity: Identity,
+    pub machine: Arc<Machine>,
+    ring: Arc<Ring>,
+    /// Of all draws that no rule seeds itself.
+    seed: Option<u64>,
     started: Instant,
     published: Notify,
     unmount: Sender<Unmount>,
+}
+
+/// What the handlers of a mount share.
+pub struct Control {
+    pub core: Arc<Core>,
+    service: Arc<Service>,
     /// One space request at a time: counting a tree takes a while.
     space: tokio::sync::Mutex<space::Requested>,
 }
 
+impl Deref for Control {
+    type Target = Service;
+
+    fn deref(&self) -> &Service {
+        &self.service
+    }
+}
+
+/// The service as the handlers of every daemon get it.
+#[derive(Clone)]
+pub struct AnyDaemon(Arc<Service>);
+
+impl Deref for AnyDaemon {
+    type Target = Service;
+
+    fn deref(&self) -> &Service {
+        &self.0
+    }
+}
+
+impl FromRef<Arc<Control>> for AnyDaemon {
+    fn from_ref(control: &Arc<Control>) -> AnyDaemon {
+        AnyDaemon(control.service.clone())
+    }
+}
+
 type Shared = axum::extract::State<Arc<Control>>;
+type OfAny = axum::extract::State<AnyDaemon>;
 type Answer = Result<axum::response::Response, Problem>;
 
 /// The control thread, running.
@@ -94,32 +140,37 @@ impl Running {
     }
 }
 
-/// Starts the control thread on a socket that listens already.
+/// Starts the control thread on a socket that listens already; without a `core` it serves the machine alone.
 ///
 /// # Errors
 /// When the thread or its runtime cannot be started.
 pub fn start(
     listener: UnixListener,
-    core: Arc<Core>,
+    core: Option<Arc<Core>>,
+    machine: Arc<Machine>,
     identity: Identity,
     unmount: Sender<Unmount>,
 ) -> std::io::Result<Running> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().thread_name("helper").build()?;
-    let ring = core.ring.clone();
-    let control = Arc::new(Control {
-        core,
+    let service = Arc::new(Service {
         identity,
+        ring: machine.ring.clone(),
+        machine,
+        seed: core.as_ref().map(|core| core.arming.seed()),
         started: Instant::now(),
         published: Notify::new(),
         unmount,
-        space: Default::default(),
     });
-    let waker = control.clone();
-    ring.set_waker(move || waker.published.notify_waiters());
+    let waker = service.clone();
+    service.ring.set_waker(move || waker.published.notify_waiters());
+    let router = match core {
+        None => of_machine().with_state(AnyDaemon(service)),
+        Some(core) => of_mount().with_state(Arc::new(Control { core, service, space: Default::default() })),
+    };
     let stop = Arc::new(Notify::new());
     let stopped = stop.clone();
     let thread = std::thread::Builder::new().name("control".into()).spawn(move || {
-        if let Err(error) = runtime.block_on(serve(listener, control, stopped)) {
+        if let Err(error) = runtime.block_on(serve(listener, router, stopped)) {
             tracing::error!(%error, "the control socket has failed");
         }
         // A helper may hang in the mount; nobody waits for it.
@@ -128,11 +179,11 @@ pub fn start(
     Ok(Running { thread, stop })
 }
 
-async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Notify>) -> std::io::Result<()> {
+async fn serve(listener: UnixListener, router: Router, stop: Arc<Notify>) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
     let ending = stop.clone();
-    let server = axum::serve(listener, router(control)).with_graceful_shutdown(async move { ending.notified().await });
+    let server = axum::serve(listener, router).with_graceful_shutdown(async move { ending.notified().await });
     tokio::select! {
         result = std::future::IntoFuture::into_future(server) => result,
         () = async {
@@ -144,25 +195,38 @@ async fn serve(listener: UnixListener, control: Arc<Control>, stop: Arc<Notify>)
     }
 }
 
-fn router(control: Arc<Control>) -> Router {
+/// What every daemon answers.
+fn routes<S: Clone + Send + Sync + 'static>() -> Router<S>
+where
+    AnyDaemon: FromRef<S>,
+{
     Router::new()
         .route("/v1/version", get(state::version))
+        .route("/v1/events", get(events::stream))
+        .route("/v1/unmount", post(state::unmount))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(unknown_method)
+}
+
+/// What one answers that serves the machine alone.
+fn of_machine() -> Router<AnyDaemon> {
+    routes().route("/v1/health", get(state::health_of_machine)).route("/v1/reset", post(state::reset_of_machine))
+}
+
+/// What one answers that serves a mount.
+fn of_mount() -> Router<Arc<Control>> {
+    routes()
         .route("/v1/health", get(state::health))
         .route("/v1/reset", post(state::reset))
         .route("/v1/evict", post(damage::evict))
         .route("/v1/repair", get(damage::list).post(damage::repair))
-        .route("/v1/unmount", post(state::unmount))
         .route("/v1/rules", get(rules::list).put(rules::replace).delete(rules::clear))
         .route("/v1/rules/{name}", get(rules::show).put(rules::put).patch(rules::patch).delete(rules::remove))
         .route("/v1/rules/{name}/wait", get(rules::wait))
         .route("/v1/rules/{name}/release", post(rules::release))
         .route("/v1/mode", get(mode::show).put(mode::set))
         .route("/v1/space", get(space::show).put(space::set).delete(space::clear))
-        .route("/v1/events", get(events::stream))
         .route("/v1/requests", get(requests::list))
-        .fallback(unknown_route)
-        .method_not_allowed_fallback(unknown_method)
-        .with_state(control)
 }
 
 async fn unknown_route(uri: Uri) -> Problem {
@@ -174,9 +238,9 @@ async fn unknown_method(method: Method, uri: Uri) -> Problem {
     Problem::new(405, "method_not_allowed", format!("{} takes no {method}", uri.path()))
 }
 
-impl Control {
+impl Service {
     fn ring(&self) -> &Ring {
-        &self.core.ring
+        &self.ring
     }
 
     /// The id of the newest event: what comes after it is after this moment.
@@ -187,7 +251,9 @@ impl Control {
     fn id(&self, at: Cursor) -> String {
         format!("{}-{}", self.identity.boot_id, at.0)
     }
+}
 
+impl Control {
     /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
     /// forgets what could hide the new ones.
     async fn in_force(&self, changed: Changed) -> InForce {

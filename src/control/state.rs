@@ -8,13 +8,13 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::problem::Problem;
-use super::{Answer, Control, Shared, Unmount, Unmounted, body, document};
+use super::{Answer, OfAny, Service, Shared, Unmount, Unmounted, body, document};
 use crate::fs::arming::Life;
 use crate::fs::mount::How;
 use crate::fs::{Ended, Mode};
 
-pub async fn version(State(control): Shared) -> Answer {
-    let identity = &control.identity;
+pub async fn version(State(service): OfAny) -> Answer {
+    let identity = &service.identity;
     Ok(document(
         200,
         &json!({
@@ -25,17 +25,28 @@ pub async fn version(State(control): Shared) -> Answer {
 }
 
 pub async fn health(State(control): Shared) -> Answer {
-    let (identity, core) = (&control.identity, &control.core);
-    Ok(document(
-        200,
-        &json!({
-            "status": "ok", "instance": identity.instance, "mountpoint": identity.mountpoint,
-            "backing": identity.backing, "socket": identity.socket, "log": identity.log, "pid": std::process::id(),
-            "seed": core.arming.seed(), "uptime_ms": control.started.elapsed().as_millis() as u64,
-            "readers": identity.readers, "open_files": core.files.open_count(), "parked": core.parking.len(),
-            "rules": core.arming.rules().len(), "mode": core.arming.mode().0.word(),
-        }),
-    ))
+    let core = &control.core;
+    let mut health = healthy(&control);
+    health["open_files"] = core.files.open_count().into();
+    health["parked"] = core.parking.len().into();
+    health["rules"] = core.arming.rules().len().into();
+    health["mode"] = core.arming.mode().0.word().into();
+    Ok(document(200, &health))
+}
+
+pub async fn health_of_machine(State(service): OfAny) -> Answer {
+    Ok(document(200, &healthy(&service)))
+}
+
+/// What every daemon says of itself.
+fn healthy(service: &Service) -> Value {
+    let (identity, mount) = (&service.identity, service.identity.mount.as_ref());
+    json!({
+        "status": "ok", "instance": identity.instance, "mountpoint": mount.map(|mount| &mount.mountpoint),
+        "backing": mount.map(|mount| &mount.backing), "socket": identity.socket, "log": identity.log,
+        "pid": std::process::id(), "seed": service.seed, "uptime_ms": service.started.elapsed().as_millis() as u64,
+        "readers": mount.map(|mount| mount.readers),
+    })
 }
 
 #[derive(Deserialize)]
@@ -66,6 +77,13 @@ pub async fn reset(State(control): Shared, body: Body) -> Answer {
     Ok(document(200, &answer))
 }
 
+/// There is nothing of a mount's here.
+pub async fn reset_of_machine(State(service): OfAny, body: Body) -> Answer {
+    let Nothing {} = body::read(body).await?;
+    let cursor = service.cursor();
+    Ok(document(200, &json!({"warnings": [], "cursor": cursor})))
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct WantedEnd {
@@ -73,7 +91,7 @@ struct WantedEnd {
     how: Option<String>,
 }
 
-pub async fn unmount(State(control): Shared, body: Body) -> Answer {
+pub async fn unmount(State(service): OfAny, body: Body) -> Answer {
     let wanted: WantedEnd = body::read(body).await?;
     let how = match wanted.how.as_deref() {
         None | Some("normal") => How::Normal,
@@ -85,18 +103,19 @@ pub async fn unmount(State(control): Shared, body: Body) -> Answer {
     };
     let (done, ended) = tokio::sync::oneshot::channel();
     let gone = |_| Problem::new(500, "internal", "the daemon is ending already");
-    control.unmount.send(Unmount { how, done }).map_err(|error| gone(error.to_string()))?;
+    service.unmount.send(Unmount { how, done }).map_err(|error| gone(error.to_string()))?;
     match ended.await.map_err(|error| gone(error.to_string()))? {
         Ok(()) => Ok(document(200, &json!({"unmounted": true}))),
         Err(Unmounted::Failed(reason)) => Err(Problem::new(500, "internal", format!("umount: {reason}"))),
-        Err(Unmounted::Busy(holders)) => Err(busy(&control, &holders)),
+        Err(Unmounted::Busy(holders)) => Err(busy(&service, &holders)),
     }
 }
 
-fn busy(control: &Control, holders: &[crate::fs::mount::Holder]) -> Problem {
+fn busy(service: &Service, holders: &[crate::fs::mount::Holder]) -> Problem {
     let list: Vec<Value> =
         holders.iter().map(|h| json!({"pid": h.pid, "comm": h.comm, "what": h.what.to_string_lossy()})).collect();
     let pids: Vec<String> = holders.iter().map(|holder| format!("{} ({})", holder.pid, holder.comm)).collect();
-    let detail = format!("{} is busy: held by {}", control.identity.mountpoint.display(), pids.join(", "));
+    let place = service.identity.mount.as_ref().map(|mount| mount.mountpoint.display().to_string());
+    let detail = format!("{} is busy: held by {}", place.unwrap_or_default(), pids.join(", "));
     Problem::new(409, "busy", detail).hint("stop them, or use --lazy or --force").with("holders", list.into())
 }

@@ -28,9 +28,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("event", &["fault"]),
     ("space", &["sys", "durability"]),
     ("fs", &["sys", "fault", "durability", "event", "space"]),
-    ("control", &["sys", "fault", "durability", "event", "space", "fs"]),
+    ("host", &["sys", "fault", "durability", "event", "space", "fs"]),
+    ("control", &["sys", "fault", "durability", "event", "space", "fs", "host"]),
     ("client", &["sys"]),
-    ("cli", &["sys", "client", "daemon"]),
+    ("cli", &["sys", "client", "daemon", "host"]),
 ];
 
 #[test]

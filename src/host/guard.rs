@@ -1,0 +1,105 @@
+//! Watches over what was done to the machine: ends what has a time when that has come, whoever began it, and puts what
+//! other daemons tell on the stream of this one.
+//!
+//! The `machine` thread of each daemon. It sleeps until something in the state directory changes or a time has come.
+//! Takes the locks of the state's parts while it ends something. Must never: hold up the end of the daemon.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use serde_json::{Map, Value, json};
+
+use super::Machine;
+use super::state::StateDir;
+
+/// What daemons tell each other: lines of JSON.
+const LINES: &str = "events.jsonl";
+/// Beyond this the file begins anew.
+const LARGEST: u64 = 1 << 20;
+/// How often it looks.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Events that are told on the streams of all daemons.
+const EVENTS: [&str; 2] = ["device", "coredump"];
+
+/// For the other daemons. Nothing depends on it, so that a disk without room costs only the line.
+pub(super) fn write_line(state: &StateDir, author: &str, event: &str, detail: &Value) {
+    let file = lines_file(state);
+    if fs::metadata(&file).is_ok_and(|file| file.len() > LARGEST) {
+        let _ = fs::rename(&file, file.with_extension("old"));
+    }
+    let line = json!({"author": author, "event": event, "detail": detail});
+    let open = OpenOptions::new().create(true).append(true).open(&file);
+    if let Err(error) = open.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes())) {
+        tracing::warn!(%error, file = %file.display(), "other daemons are not told");
+    }
+}
+
+fn lines_file(state: &StateDir) -> PathBuf {
+    state.path().join(LINES)
+}
+
+/// Runs until the other end of `stop` is dropped.
+pub fn run(machine: &Arc<Machine>, stop: &Receiver<()>) {
+    let mut others = Others::from_now(machine);
+    while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(LOOK) {
+        others.tell(machine);
+    }
+}
+
+/// What the others tell, from the moment that this daemon began.
+struct Others {
+    file: Option<File>,
+    rest: Vec<u8>,
+}
+
+impl Others {
+    fn from_now(machine: &Machine) -> Others {
+        let mut file = File::open(lines_file(&machine.state)).ok();
+        if let Some(file) = &mut file {
+            let _ = file.seek(SeekFrom::End(0));
+        }
+        Others { file, rest: Vec::new() }
+    }
+
+    fn tell(&mut self, machine: &Machine) {
+        if self.file.is_none() {
+            self.file = File::open(lines_file(&machine.state)).ok();
+        }
+        let Some(file) = &mut self.file else { return };
+        let _ = file.read_to_end(&mut self.rest);
+        while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.rest.drain(..=end).collect();
+            if let Some((event, detail)) = of_another(&line, &machine.author) {
+                machine.ring.change(event, detail);
+            }
+        }
+        if was_renamed(file, &lines_file(&machine.state)) {
+            self.file = None;
+            self.rest.clear();
+        }
+    }
+}
+
+fn was_renamed(file: &File, path: &std::path::Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) != (there.dev(), there.ino()),
+        _ => true,
+    }
+}
+
+fn of_another(line: &[u8], author: &str) -> Option<(&'static str, Value)> {
+    let mut line: Map<String, Value> = serde_json::from_slice(line).ok()?;
+    if line.get("author")?.as_str()? == author {
+        return None;
+    }
+    let event = EVENTS.into_iter().find(|event| line.get("event").and_then(Value::as_str) == Some(event))?;
+    let mut detail = line.remove("detail")?;
+    detail["told_by"] = line.remove("author")?;
+    Some((event, detail))
+}

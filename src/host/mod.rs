@@ -1,0 +1,41 @@
+//! What is done to the machine and not to the mount: devices that fail below a filesystem, and where coredumps go.
+//!
+//! All state of it lies in files ([`state`]), under one lock for each part, so that every daemon of the machine can do
+//! and undo everything, and what a killed one has left is found by the next. What one does is on the streams of all.
+//!
+//! On helper threads of the control thread and on the `machine` thread ([`guard`]); never on a reader or on the control
+//! thread itself, for tools are run and waited for. Takes the locks of [`state`]. Must never: touch what no state file
+//! names as ours, nor change anything before the file that undoes it is written.
+
+pub mod guard;
+pub mod state;
+pub mod tool;
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::event::Ring;
+use state::StateDir;
+
+/// The machine as one daemon sees it.
+pub struct Machine {
+    pub ring: Arc<Ring>,
+    /// Distinguishes what this daemon has told from what others have.
+    author: String,
+    pub state: StateDir,
+}
+
+impl Machine {
+    /// `author` is what no other daemon is called, such as its boot id.
+    pub fn new(ring: Arc<Ring>, author: &str, state: StateDir) -> Machine {
+        Machine { ring, author: author.into(), state }
+    }
+
+    /// An event, on the stream of this daemon at once and on those of the others soon.
+    pub fn tell(&self, event: &'static str, detail: Value) {
+        guard::write_line(&self.state, &self.author, event, &detail);
+        tracing::info!(event, %detail);
+        self.ring.change(event, detail);
+    }
+}
