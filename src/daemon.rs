@@ -5,6 +5,8 @@
 //! thread.
 //! Whatever is started here is stopped here, in the opposite order, from every state.
 
+pub mod machine;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
@@ -35,7 +37,7 @@ use crate::fs::adapter::Adapter;
 use crate::fs::mount::{How, Living, Places, holders, prepare, unmount, unmount_patiently};
 use crate::fs::{Core, Ended, clock, watch};
 use crate::host::state::StateDir;
-use crate::host::{Machine, guard};
+use crate::host::{Guard, Machine};
 use crate::sys::memory;
 use crate::sys::mounts::{self, SOURCE};
 
@@ -107,7 +109,10 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     let identity = mounted.identity(&options, &places);
     claim.write(&identity).map_err(|error| failure(format!("{}: {error}", claim.path.display())))?;
     let machine = Machine::new(core.ring.clone(), &identity.boot_id, options.state.clone());
-    let serving = Serving::start(core, machine, mounted, listener, identity)?;
+    let run_dir = options.run_dir.clone();
+    let guard = Guard::start(machine, move || machine::start_if_missing(&run_dir))
+        .map_err(|error| failure(format!("no thread: {error}")))?;
+    let serving = Serving::start(core, guard, mounted, listener, identity)?;
     ready(&serving.ready_line());
     tracing::info!(seed = serving.core.arming.seed(), "{}", serving.ready_line());
     serving.wait(&signals);
@@ -480,8 +485,7 @@ struct Serving {
     stop_clock: Arc<AtomicBool>,
     /// Dropped, it ends the watch, which nobody waits for: it may hang with the disk.
     stop_watch: Sender<()>,
-    /// The same for the thread that watches over the machine: it may wait for a tool.
-    stop_guard: Sender<()>,
+    guard: Guard,
     control: control::Running,
     wanted: Receiver<Unmount>,
 }
@@ -489,7 +493,7 @@ struct Serving {
 impl Serving {
     fn start(
         core: Arc<Core>,
-        machine: Machine,
+        guard: Guard,
         mounted: Mounted,
         listener: UnixListener,
         identity: Identity,
@@ -509,13 +513,10 @@ impl Serving {
         let (stop_watch, stop) = bounded(0);
         let watched = core.clone();
         thread("watch").spawn(move || watch::run(&watched, &stop)).map_err(cannot)?;
-        let machine = Arc::new(machine);
-        let (stop_guard, stop) = bounded(0);
-        let guarded = machine.clone();
-        thread("machine").spawn(move || guard::run(&guarded, &stop)).map_err(cannot)?;
         let (unmount, wanted) = unbounded();
         let some = Some(core.clone());
-        let control = control::start(listener, some, machine, identity.clone(), unmount).map_err(cannot)?;
+        let control =
+            control::start(listener, some, guard.machine.clone(), identity.clone(), unmount).map_err(cannot)?;
         // From here on it ends in order.
         let mountpoint = place.0.take().unwrap_or_default();
         Ok(Serving {
@@ -528,7 +529,7 @@ impl Serving {
             clock: clock.map_err(cannot)?,
             stop_clock,
             stop_watch,
-            stop_guard,
+            guard,
             control,
             wanted,
         })
@@ -633,7 +634,7 @@ impl Serving {
         if let Err(error) = self.core.ballast.remove(self.core.tree.backing()) {
             tracing::error!(%error, "ballast could not be removed");
         }
-        drop((self.stop_watch, self.stop_guard));
+        drop((self.stop_watch, self.guard));
         self.stop_clock.store(true, Release);
         self.core.parking.wake_clock();
         let _ = self.clock.join();

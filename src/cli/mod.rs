@@ -11,7 +11,9 @@ mod children;
 mod console;
 mod damage;
 mod events;
+mod host;
 mod inspect;
+mod launch;
 mod list;
 mod mode;
 mod mount;
@@ -59,6 +61,8 @@ enum Verb {
     Mount(mount::MountArgs),
     /// Unmount and end an instance; not mounted is no error
     Umount(umount::UmountArgs),
+    /// A daemon without a mount, for devices and coredumps; commands that need one start it by themselves
+    Host(host::HostArgs),
     /// The instances on this host and their state
     List,
     /// One word for the whole mount
@@ -118,6 +122,7 @@ fn run(cli: &Cli, run_dir: &Path, console: &Console) -> u8 {
     match &cli.verb {
         Verb::Mount(args) => mount::run(&world, args),
         Verb::Umount(args) => umount::run(&world, args),
+        Verb::Host(args) => host::run(&world, args),
         Verb::List => list::run(&world),
         Verb::Mode(args) => mode::run(&world, args),
         Verb::Rule(command) => rule::run(&world, command),

@@ -33,7 +33,16 @@ type Verb<'v> = &'v (dyn Fn(&Session) -> Result<Outcome, ClientError> + Sync);
 
 /// Runs `verb` on every host. Gives the worst exit code.
 pub fn on_each(world: &World, verb: Verb) -> u8 {
-    let targets = match host::resolve(&world.globals.host, world.run_dir) {
+    on_targets(world, host::resolve(&world.globals.host, world.run_dir), verb)
+}
+
+/// Runs a `verb` about the machine, for which any daemon of a host will do, and one is started if there is none.
+pub fn on_machine(world: &World, verb: Verb) -> u8 {
+    on_targets(world, super::host::resolve(world), verb)
+}
+
+fn on_targets(world: &World, targets: Result<Vec<Target>, ClientError>, verb: Verb) -> u8 {
+    let targets = match targets {
         Ok(targets) => targets,
         Err(error) => return world.console.error(&error),
     };

@@ -116,7 +116,11 @@ fn by_name(name: &str, run_dir: &Path) -> Result<Target, ClientError> {
 }
 
 fn only_living(run_dir: &Path) -> Result<Target, ClientError> {
-    let living = living(run_dir)?;
+    let mut living = living(run_dir)?;
+    // Those with a mount come first: one without may have come by itself.
+    if living.iter().any(|instance| instance.state.mountpoint.is_some()) {
+        living.retain(|instance| instance.state.mountpoint.is_some());
+    }
     match living.as_slice() {
         [one] => Ok(Target::of_instance(one, false)),
         [] => Err(ClientError::no_instance("no instance runs here").hint(format!(

@@ -24,7 +24,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::FromRef;
+use axum::extract::{FromRef, State};
 use axum::http::{Method, Uri};
 use axum::routing::{get, post};
 use crossbeam_channel::Sender;
@@ -210,7 +210,10 @@ where
 
 /// What one answers that serves the machine alone.
 fn of_machine() -> Router<AnyDaemon> {
-    routes().route("/v1/health", get(state::health_of_machine)).route("/v1/reset", post(state::reset_of_machine))
+    routes()
+        .route("/v1/health", get(state::health_of_machine))
+        .route("/v1/reset", post(state::reset_of_machine))
+        .fallback(needs_a_mount)
 }
 
 /// What one answers that serves a mount.
@@ -232,6 +235,11 @@ fn of_mount() -> Router<Arc<Control>> {
 async fn unknown_route(uri: Uri) -> Problem {
     let detail = format!("there is no {}", uri.path());
     Problem::new(404, "unknown_route", detail).hint("the routes are in docs/api.md")
+}
+
+async fn needs_a_mount(State(service): OfAny, uri: Uri) -> Problem {
+    let detail = format!("instance {:?} has no mount, and so no {}", service.identity.instance, uri.path());
+    Problem::new(404, "unknown_route", detail).hint("nemesisfs mount BACKING MOUNTPOINT")
 }
 
 async fn unknown_method(method: Method, uri: Uri) -> Problem {

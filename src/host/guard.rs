@@ -5,12 +5,12 @@
 //! Takes the locks of the state's parts while it ends something. Must never: hold up the end of the daemon.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 use serde_json::{Map, Value, json};
 
 use super::Machine;
@@ -20,8 +20,9 @@ use super::state::StateDir;
 const LINES: &str = "events.jsonl";
 /// Beyond this the file begins anew.
 const LARGEST: u64 = 1 << 20;
-/// How often it looks.
-const LOOK: Duration = Duration::from_millis(250);
+/// How often it looks when something of the machine is changed, and when nothing is.
+const LOOK: Duration = Duration::from_millis(200);
+const REST: Duration = Duration::from_secs(1);
 
 /// Events that are told on the streams of all daemons.
 const EVENTS: [&str; 2] = ["device", "coredump"];
@@ -43,11 +44,40 @@ fn lines_file(state: &StateDir) -> PathBuf {
     state.path().join(LINES)
 }
 
+/// The thread, until it is dropped. Nobody waits for its end: it may wait for a tool.
+pub struct Guard {
+    pub machine: Arc<Machine>,
+    _stop: Sender<()>,
+}
+
+impl Guard {
+    /// `keep` starts a second daemon if there is none: it is called when this one may not die alone.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn start(machine: Machine, keep: impl Fn() + Send + 'static) -> io::Result<Guard> {
+        let (machine, (stop, stopped)) = (Arc::new(machine), bounded(0));
+        let guarded = machine.clone();
+        std::thread::Builder::new().name("machine".into()).spawn(move || run(&guarded, &stopped, &keep))?;
+        Ok(Guard { machine, _stop: stop })
+    }
+}
+
 /// Runs until the other end of `stop` is dropped.
-pub fn run(machine: &Arc<Machine>, stop: &Receiver<()>) {
+fn run(machine: &Machine, stop: &Receiver<()>, keep: &dyn Fn()) {
     let mut others = Others::from_now(machine);
-    while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(LOOK) {
+    loop {
         others.tell(machine);
+        let mut pause = REST;
+        if machine.is_changed() {
+            keep();
+            pause = LOOK;
+        }
+        select! {
+            recv(stop) -> _ => return,
+            recv(machine.poked) -> _ => {}
+            default(pause) => {}
+        }
     }
 }
 

@@ -13,9 +13,11 @@ pub mod tool;
 
 use std::sync::Arc;
 
+use crossbeam_channel::{Receiver, Sender, bounded};
 use serde_json::Value;
 
 use crate::event::Ring;
+pub use guard::Guard;
 use state::StateDir;
 
 /// The machine as one daemon sees it.
@@ -24,12 +26,21 @@ pub struct Machine {
     /// Distinguishes what this daemon has told from what others have.
     author: String,
     pub state: StateDir,
+    /// Wakes the guard: something may have a time now.
+    poke: Sender<()>,
+    poked: Receiver<()>,
 }
 
 impl Machine {
     /// `author` is what no other daemon is called, such as its boot id.
     pub fn new(ring: Arc<Ring>, author: &str, state: StateDir) -> Machine {
-        Machine { ring, author: author.into(), state }
+        let (poke, poked) = bounded(1);
+        Machine { ring, author: author.into(), state, poke, poked }
+    }
+
+    /// Is anything of this machine changed by us, and has to be undone one day?
+    pub fn is_changed(&self) -> bool {
+        self.state.has_any("devices") || self.state.has_any("coredump")
     }
 
     /// An event, on the stream of this daemon at once and on those of the others soon.
@@ -37,5 +48,6 @@ impl Machine {
         guard::write_line(&self.state, &self.author, event, &detail);
         tracing::info!(event, %detail);
         self.ring.change(event, detail);
+        let _ = self.poke.try_send(());
     }
 }

@@ -29,16 +29,17 @@ impl StateDir {
         StateDir(dir.into())
     }
 
-    /// `NEMESISFS_STATEDIR`, or the system's for root, or the user's own.
+    /// `NEMESISFS_STATEDIR`, or `state` in a run directory that was chosen, or the system's for root, or the user's own.
     pub fn of_machine() -> StateDir {
         let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let chosen = set("NEMESISFS_STATEDIR").or_else(|| set("NEMESISFS_RUNDIR").map(|dir| dir.join("state")));
         let user = nix::unistd::geteuid();
         let own = || match (user.is_root(), set("XDG_STATE_HOME"), set("HOME")) {
             (true, ..) => "/var/lib/nemesisfs".into(),
             (_, Some(dir), _) => dir.join("nemesisfs"),
             (_, None, home) => home.unwrap_or_else(|| "/".into()).join(".local/state/nemesisfs"),
         };
-        StateDir(set("NEMESISFS_STATEDIR").unwrap_or_else(own))
+        StateDir(chosen.unwrap_or_else(own))
     }
 
     pub fn path(&self) -> &Path {
@@ -68,6 +69,11 @@ impl StateDir {
     /// logged.
     pub fn peek<T: DeserializeOwned>(&self, name: &str) -> Vec<T> {
         all(&self.0.join(name))
+    }
+
+    /// Whether a part has documents.
+    pub fn has_any(&self, name: &str) -> bool {
+        !documents(&self.0.join(name)).is_empty()
     }
 }
 
@@ -121,10 +127,14 @@ impl Part {
     }
 }
 
-fn all<T: DeserializeOwned>(dir: &Path) -> Vec<T> {
+fn documents(dir: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     files.retain(|file| file.extension().is_some_and(|extension| extension == "json"));
     files.sort();
+    files
+}
+
+fn all<T: DeserializeOwned>(dir: &Path) -> Vec<T> {
     let read = |file: &PathBuf| match fs::read(file).map(|bytes| serde_json::from_slice(&bytes)) {
         Ok(Ok(document)) => Some(document),
         Ok(Err(error)) => {
@@ -133,7 +143,7 @@ fn all<T: DeserializeOwned>(dir: &Path) -> Vec<T> {
         }
         Err(_) => None,
     };
-    files.iter().filter_map(read).collect()
+    documents(dir).iter().filter_map(read).collect()
 }
 
 /// A name as users may give it to a device or a lease: it becomes part of file names and command lines.

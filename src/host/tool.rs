@@ -135,8 +135,8 @@ mod tests {
     #[test]
     fn what_a_tool_prints_comes_back_and_its_line_is_kept() {
         let mut tools = Tools::default();
-        assert_eq!(tools.run(&["printf", "%s", "a b"]).unwrap(), "a b");
-        assert_eq!(tools.lines, ["printf %s 'a b'"]);
+        assert_eq!(tools.run(&["echo", "-n", "a b"]).unwrap(), "a b");
+        assert_eq!(tools.lines, ["echo -n 'a b'"]);
     }
 
     #[test]

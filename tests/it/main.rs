@@ -6,7 +6,7 @@
 //! that the kernel serves; [`rules`] rules through the socket and their counting; [`faults`] what a program sees of each
 //! fault; [`shapes`] what it sees of each kind, call by call, by [`calls`]; [`engine`] which requests a rule meets and fires on;
 //! [`kinds`] what real programs say of each kind; [`sweep`] the fault at every point; [`parking`] delayed and stalled requests; [`space`] capacity;
-//! [`events`] the stream; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the
+//! [`events`] the stream; [`machine`] the daemon without a mount; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the
 //! documents are true; [`houses`] rules about the code itself;
 //! [`seeds`] what the fuzz targets begin with. Each test ends with [`support::Mounted::end`].
 
@@ -22,6 +22,7 @@ mod houses;
 mod input;
 mod kinds;
 mod limits;
+mod machine;
 mod model;
 mod mount;
 mod parking;

@@ -1,0 +1,97 @@
+//! `host`: a daemon without a mount, for devices and coredumps; and the choice of a daemon for what is done to the machine.
+//!
+//! Thread: the main one. Locks: those of the state files, for an instant.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::client::ClientError;
+use crate::client::host::{self, Target};
+use crate::client::instances::{self, lexical};
+use crate::daemon::machine::{self, NAME, Options};
+use crate::host::state::StateDir;
+
+use super::launch::{self, Launch, Report};
+use super::session::World;
+
+#[derive(Debug, Clone, Default, Args)]
+pub struct HostArgs {
+    /// Where it listens [default: host.sock in the run directory]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Stay here, as systemd and containers want it
+    #[arg(long)]
+    foreground: bool,
+    /// Where it logs [default: host.log in the run directory; with --foreground, standard error]
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// End when no device and no lease is left
+    #[arg(long)]
+    while_needed: bool,
+    /// Where a child tells its parent that it is ready
+    #[arg(long, hide = true)]
+    ready_fd: Option<i32>,
+}
+
+pub fn run(world: &World, args: &HostArgs) -> u8 {
+    let serve = |options, report: &Report| machine::run(options, |line| report.ready(line));
+    let options = prepare(world.run_dir, args);
+    let done = match args.ready_fd {
+        Some(fd) => launch::as_child(fd, |report| Ok(serve(options, report))),
+        None if args.foreground => {
+            let log = args.log.as_deref().map(lexical);
+            launch::in_foreground(world, log.as_deref(), |report| {
+                serve(Options { log: log.clone(), ..options }, report)
+            })
+        }
+        None => launch::launch(&launch_of(&options)).map(|ready| launch::tell(world, &ready)),
+    };
+    done.unwrap_or_else(|error| world.console.error(&error))
+}
+
+/// Decides all that was left open.
+fn prepare(run_dir: &Path, args: &HostArgs) -> Options {
+    let own = |given: &Option<PathBuf>, suffix: &str| match given {
+        Some(path) => lexical(path),
+        None => lexical(&run_dir.join(format!("{NAME}{suffix}"))),
+    };
+    Options {
+        run_dir: lexical(run_dir),
+        state: StateDir::of_machine(),
+        socket: own(&args.socket, ".sock"),
+        log: Some(own(&args.log, ".log")),
+        while_needed: args.while_needed,
+    }
+}
+
+fn launch_of(options: &Options) -> Launch<'_> {
+    let mut words: Vec<OsString> = vec!["host".into(), "--socket".into(), options.socket.clone().into()];
+    if options.while_needed {
+        words.push("--while-needed".into());
+    }
+    let log = options.log.as_deref().unwrap_or(Path::new("/dev/null"));
+    words.extend(["--log".into(), log.into()]);
+    Launch { run_dir: &options.run_dir, log, words, operands: Vec::new() }
+}
+
+/// The hosts of a command about the machine: those of `-H`; else the only instance here; else, because any daemon will do,
+/// the one without a mount, which is started if need be.
+pub fn resolve(world: &World) -> Result<Vec<Target>, ClientError> {
+    let chosen = host::resolve(&world.globals.host, world.run_dir);
+    if !world.globals.host.is_empty() || chosen.is_ok() {
+        return chosen;
+    }
+    if !instances::is_held(&world.run_dir.join(format!("{NAME}.json"))) {
+        let args = HostArgs { while_needed: true, ..HostArgs::default() };
+        let started = launch::launch(&launch_of(&prepare(world.run_dir, &args)));
+        // Another command may have started it meanwhile.
+        if let Err(error) = started
+            && !instances::is_held(&world.run_dir.join(format!("{NAME}.json")))
+        {
+            return Err(error);
+        }
+    }
+    host::resolve(&[NAME.to_owned()], world.run_dir)
+}

@@ -1,0 +1,114 @@
+//! Claims on the daemon without a mount.
+//!
+//! Real daemons, each in a run directory of its own. No mounts, but for one test.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::support::{Mounted, PROGRAM, Said, eventually, is_alive};
+
+/// A run directory, and the daemon that may live in it.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Place {
+        Place(tempfile::Builder::new().prefix("nemesisfs-test-").tempdir().expect("a directory"))
+    }
+
+    fn run(&self, words: &[&str]) -> Said {
+        run_in(self.0.path(), words)
+    }
+
+    /// Starts it and gives its pid.
+    fn start(&self, options: &[&str]) -> u32 {
+        let said = self.run(&[&["host"], options].concat());
+        assert_eq!(said.code, 0, "{said:?}");
+        let pid = said.out.split_whitespace().find_map(|word| word.strip_prefix("pid="));
+        pid.and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("no pid in {said:?}"))
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.0.path().join("host.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.run(&["umount", "--instance", "host"]);
+        assert!(std::thread::panicking() || !self.log().contains("panic"), "{}", self.log());
+    }
+}
+
+fn run_in(run_dir: &Path, words: &[&str]) -> Said {
+    let mut command = Command::new(PROGRAM);
+    command.args(words).env("NEMESISFS_RUNDIR", run_dir).env_remove("NEMESISFS_HOST");
+    command.output().expect("the program runs").into()
+}
+
+#[test]
+fn a_daemon_without_a_mount_answers_is_listed_and_ends_twice() {
+    let place = Place::new();
+    let pid = place.start(&[]);
+    let listed: Value = serde_json::from_str(&place.run(&["list", "--json"]).out).expect("JSON");
+    let row = &listed["instances"][0];
+    assert_eq!((&row["instance"], &row["state"], &row["mountpoint"]), (&"host".into(), &"alive".into(), &Value::Null));
+    assert_eq!(row["pid"], pid);
+    let again = place.run(&["host"]);
+    assert_eq!(again.code, 1);
+    assert!(again.err.contains("is running already"), "{again:?}");
+    for (how, says) in [("first", "host has ended"), ("second", "not mounted")] {
+        let said = place.run(&["umount", "--instance", "host"]);
+        assert_eq!(said.code, 0, "{how}: {said:?}");
+        assert!(said.out.contains(says), "{how}: {said:?}");
+    }
+    assert!(!is_alive(pid));
+}
+
+#[test]
+fn what_needs_a_mount_is_refused_by_one_that_has_none_and_says_so() {
+    let place = Place::new();
+    place.start(&[]);
+    let said = place.run(&["rule", "list"]);
+    assert_eq!(said.code, 1, "{said:?}");
+    assert!(said.err.contains("\"host\" has no mount") && said.err.contains("hint: nemesisfs mount"), "{said:?}");
+    assert_eq!(place.run(&["reset"]).code, 0);
+    assert_eq!(place.run(&["events"]).code, 0);
+}
+
+#[test]
+fn it_ends_by_a_signal_and_after_a_kill_the_next_one_starts() {
+    let place = Place::new();
+    for signal in [Signal::SIGTERM, Signal::SIGKILL, Signal::SIGINT] {
+        let pid = place.start(&[]);
+        kill(Pid::from_raw(pid as i32), signal).expect("a signal");
+        eventually("its end", || !is_alive(pid));
+    }
+}
+
+#[test]
+fn one_that_is_not_needed_any_more_ends_by_itself() {
+    let place = Place::new();
+    let pid = place.start(&["--while-needed"]);
+    let began = Instant::now();
+    assert!(is_alive(pid));
+    eventually("its end", || !is_alive(pid));
+    assert!(began.elapsed() > Duration::from_secs(2), "who started it had no time to say why");
+}
+
+#[test]
+fn a_command_for_a_mount_finds_the_mount_although_a_daemon_without_one_lives_too() {
+    let mounted = Mounted::new();
+    let run_dir = mounted.socket.parent().expect("a directory").to_path_buf();
+    let said = run_in(&run_dir, &["host"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    let said = run_in(&run_dir, &["mode", "enospc"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert_eq!(run_in(&run_dir, &["mode", "allow_writes"]).code, 0);
+    assert_eq!(run_in(&run_dir, &["umount", "--instance", "host"]).code, 0);
+    mounted.end();
+}
