@@ -10,6 +10,7 @@ mod args;
 mod children;
 mod console;
 mod damage;
+mod device;
 mod events;
 mod host;
 mod inspect;
@@ -79,6 +80,9 @@ enum Verb {
     /// How full the disk seems
     #[command(subcommand)]
     Space(space::SpaceCommand),
+    /// Block devices that fail below a filesystem
+    #[command(subcommand)]
+    Device(device::DeviceCommand),
     /// Let readers see what a lying disk has really kept
     Evict {
         /// Of these paths only
@@ -130,6 +134,7 @@ fn run(cli: &Cli, run_dir: &Path, console: &Console) -> u8 {
         Verb::Reset => on_each(&world, &rule::reset),
         Verb::Sweep(args) => sweep::run(&world, args),
         Verb::Space(command) => space::run(&world, command),
+        Verb::Device(command) => device::run(&world, command),
         Verb::Evict { path } => on_each(&world, &|session| space::evict(session, path.as_deref())),
         Verb::Repair(args) => damage::run(&world, args),
         Verb::Inspect(command) => inspect::run(&world, command),

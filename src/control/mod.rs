@@ -8,6 +8,7 @@
 
 mod body;
 mod damage;
+mod devices;
 mod events;
 mod mode;
 mod problem;
@@ -204,6 +205,7 @@ where
         .route("/v1/version", get(state::version))
         .route("/v1/events", get(events::stream))
         .route("/v1/unmount", post(state::unmount))
+        .merge(devices::routes())
         .fallback(unknown_route)
         .method_not_allowed_fallback(unknown_method)
 }

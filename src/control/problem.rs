@@ -17,12 +17,12 @@ pub struct Problem {
     hint: Option<String>,
     errors: Vec<Value>,
     /// What else belongs to it, by name.
-    more: Option<Box<(&'static str, Value)>>,
+    more: Vec<(&'static str, Value)>,
 }
 
 impl Problem {
     pub fn new(status: u16, code: &'static str, detail: impl Into<String>) -> Problem {
-        Problem { status, code, detail: detail.into(), hint: None, errors: Vec::new(), more: None }
+        Problem { status, code, detail: detail.into(), hint: None, errors: Vec::new(), more: Vec::new() }
     }
 
     pub fn hint(mut self, hint: impl Into<String>) -> Problem {
@@ -31,7 +31,7 @@ impl Problem {
     }
 
     pub fn with(mut self, name: &'static str, value: Value) -> Problem {
-        self.more = Some(Box::new((name, value)));
+        self.more.push((name, value));
         self
     }
 
@@ -73,7 +73,7 @@ impl From<Vec<fault::Problem>> for Problem {
             detail: first.map(|problem| problem.detail.clone()).unwrap_or_default(),
             hint: first.and_then(|problem| problem.hint.clone()),
             errors: errors.collect(),
-            more: None,
+            more: Vec::new(),
         }
     }
 }
@@ -96,7 +96,7 @@ impl IntoResponse for Problem {
         if !self.errors.is_empty() {
             body["errors"] = self.errors.into();
         }
-        if let Some((name, value)) = self.more.map(|more| *more) {
+        for (name, value) in self.more {
             body[name] = value;
         }
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

@@ -14,6 +14,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 use serde_json::{Map, Value, json};
 
 use super::Machine;
+use super::device;
 use super::state::StateDir;
 
 /// What daemons tell each other: lines of JSON.
@@ -23,6 +24,8 @@ const LARGEST: u64 = 1 << 20;
 /// How often it looks when something of the machine is changed, and when nothing is.
 const LOOK: Duration = Duration::from_millis(200);
 const REST: Duration = Duration::from_secs(1);
+/// When something is to end sooner, but cannot yet.
+const SHORTEST: Duration = Duration::from_millis(5);
 
 /// Events that are told on the streams of all daemons.
 const EVENTS: [&str; 2] = ["device", "coredump"];
@@ -71,7 +74,8 @@ fn run(machine: &Machine, stop: &Receiver<()>, keep: &dyn Fn()) {
         let mut pause = REST;
         if machine.is_changed() {
             keep();
-            pause = LOOK;
+            let next = device::expire(machine);
+            pause = next.map_or(LOOK, |next| next.clamp(SHORTEST, LOOK));
         }
         select! {
             recv(stop) -> _ => return,

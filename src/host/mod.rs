@@ -7,6 +7,7 @@
 //! thread itself, for tools are run and waited for. Takes the locks of [`state`]. Must never: touch what no state file
 //! names as ours, nor change anything before the file that undoes it is written.
 
+pub mod device;
 pub mod guard;
 pub mod state;
 pub mod tool;

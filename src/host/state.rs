@@ -10,7 +10,6 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use serde::de::DeserializeOwned;
@@ -51,17 +50,28 @@ impl StateDir {
     /// # Errors
     /// When another operation holds it for a minute, or the directory cannot be made.
     pub fn part(&self, name: &str) -> io::Result<Part> {
-        let dir = self.0.join(name);
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir)?;
-        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(dir.join(".lock"))?;
         let until = Instant::now() + PATIENCE;
         loop {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(Part { _lock: lock, dir }),
-                Err((again, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < until => file = again,
-                Err((_, errno)) => return Err(errno.into()),
+            match self.part_now(name) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
+                    std::thread::sleep(TRY_AGAIN);
+                }
+                other => return other,
             }
-            std::thread::sleep(TRY_AGAIN);
+        }
+    }
+
+    /// The same without waiting.
+    ///
+    /// # Errors
+    /// `WouldBlock` when another operation holds it.
+    pub fn part_now(&self, name: &str) -> io::Result<Part> {
+        let dir = self.0.join(name);
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir)?;
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(dir.join(".lock"))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Part { _lock: lock, dir }),
+            Err((_, errno)) => Err(errno.into()),
         }
     }
 

@@ -68,6 +68,11 @@ pub fn ask<S: AsRef<OsStr>>(words: &[S]) -> Result<String, ToolError> {
     ask_within(LIMIT, words)
 }
 
+/// Whether a tool is installed where it would be looked for.
+pub fn is_there(program: &str) -> bool {
+    std::env::split_paths(&search_path()).any(|dir| dir.join(program).is_file())
+}
+
 fn ask_within<S: AsRef<OsStr>>(limit: Duration, words: &[S]) -> Result<String, ToolError> {
     let shown = line(words);
     let Some((program, arguments)) = words.split_first() else {

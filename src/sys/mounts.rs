@@ -28,9 +28,14 @@ pub const SOURCE: &str = "nemesisfs:";
 /// One line of the mount table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
-    /// The minor number of its device, which is the number of a FUSE connection.
+    /// The numbers of its device; the minor one is the number of a FUSE connection.
+    pub major: u32,
     pub minor: u32,
+    /// What of the filesystem is there: `/`, or of a bind mount the directory.
+    pub root: PathBuf,
     pub mountpoint: PathBuf,
+    /// Its own options, without those of the filesystem.
+    pub options: String,
     pub filesystem: String,
     pub source: String,
 }
@@ -65,9 +70,13 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let dash = words.iter().position(|word| *word == b"-")?;
     let text = |word: &[u8]| String::from_utf8_lossy(&unescape(word)).into_owned();
     let device = text(words.get(2)?);
+    let (major, minor) = device.split_once(':')?;
     Some(Mount {
-        minor: device.split_once(':')?.1.parse().ok()?,
+        major: major.parse().ok()?,
+        minor: minor.parse().ok()?,
+        root: OsString::from_vec(unescape(words.get(3)?)).into(),
         mountpoint: OsString::from_vec(unescape(words.get(4)?)).into(),
+        options: text(words.get(5)?),
         filesystem: text(words.get(dash + 1)?),
         source: text(words.get(dash + 2)?),
     })
@@ -170,7 +179,8 @@ mod tests {
         let mounts = parse(TABLE.as_bytes());
         assert_eq!(mounts.iter().map(Mount::instance).collect::<Vec<_>>(), [None, Some("n1"), None]);
         assert_eq!(mounts[1].mountpoint, Path::new("/mnt/with space"));
-        assert_eq!(mounts[1].minor, 57);
+        assert_eq!((mounts[1].major, mounts[1].minor), (0, 57));
+        assert_eq!((mounts[1].root.as_path(), mounts[1].options.as_str()), (Path::new("/"), "rw,nosuid"));
     }
 
     #[test]

@@ -15,13 +15,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::support::{Mounted, PROGRAM, Said, eventually, is_alive, is_mounted, within};
+use crate::support::{Mounted, Said, eventually, executable, is_alive, is_mounted, within};
 
 /// Within this a hung system has failed, and a busy one has not.
 const SOON: Duration = Duration::from_secs(10);
 
 fn program(run_dir: &Path, words: &[&str]) -> Said {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(executable());
     command.args(words).env("NEMESISFS_RUNDIR", run_dir).env_remove("NEMESISFS_HOST").output().unwrap().into()
 }
 

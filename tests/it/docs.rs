@@ -21,6 +21,7 @@ const DOCUMENTS: &[&str] = &[
     "docs/faults/stall.md",
     "docs/faults/throttle.md",
     "docs/faults/torn.md",
+    "docs/lab.md",
     "docs/performance.md",
     "docs/semantics.md",
     "docs/space.md",
@@ -43,7 +44,7 @@ fn blocks(text: &str, language: &str) -> Vec<String> {
 
 #[test]
 fn every_shell_block_runs() {
-    let program = PathBuf::from(crate::support::PROGRAM);
+    let program = PathBuf::from(crate::support::executable());
     let path = format!("{}:{}", program.parent().unwrap().display(), std::env::var("PATH").unwrap_or_default());
     let mut run = 0;
     for name in DOCUMENTS {

@@ -206,7 +206,7 @@ fn changes_of_state_are_events_too() {
 #[test]
 fn the_command_line_follows_the_stream() {
     let mounted = armed();
-    let mut follower = std::process::Command::new(crate::support::PROGRAM)
+    let mut follower = std::process::Command::new(crate::support::executable())
         .args(["events", "--follow", "--rule", "eio", "--format", "json"])
         .env("NEMESISFS_RUNDIR", mounted.run_dir())
         .stdout(std::process::Stdio::piped())

@@ -8,11 +8,14 @@
 //! [`kinds`] what real programs say of each kind; [`sweep`] the fault at every point; [`parking`] delayed and stalled requests; [`space`] capacity;
 //! [`events`] the stream; [`machine`] the daemon without a mount; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the
 //! documents are true; [`houses`] rules about the code itself;
-//! [`seeds`] what the fuzz targets begin with. Each test ends with [`support::Mounted::end`].
+//! [`seeds`] what the fuzz targets begin with. For the guests of `tools/lab`, and ignored elsewhere: [`devices`] of the device
+//! mapper; [`cores`] as systemd-coredump stores them. Each test ends with [`support::Mounted::end`].
 
 mod alive;
 mod calls;
+mod cores;
 mod databases;
+mod devices;
 mod docs;
 mod engine;
 mod events;

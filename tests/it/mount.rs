@@ -11,11 +11,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::support::{Mounted, PROGRAM, Said, eventually, is_alive, is_mounted, within};
+use crate::support::{Mounted, Said, eventually, executable, is_alive, is_mounted, within};
 
 /// Runs the program on directories of a test's own.
 fn program(run_dir: &Path, words: &[&str]) -> Said {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(executable());
     command.args(words).env("NEMESISFS_RUNDIR", run_dir).env_remove("NEMESISFS_HOST").output().unwrap().into()
 }
 
@@ -156,7 +156,7 @@ fn a_name_that_is_not_utf8_is_refused_for_our_mountpoint_and_harmless_as_another
     let mounted = Mounted::new();
     let odd = mounted.aside("other").join(std::ffi::OsStr::from_bytes(b"we ird\xff\n\\dir"));
     std::fs::create_dir(&odd).unwrap();
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(executable());
     let refused: Said =
         command.arg("mount").args([&odd, &odd]).env("NEMESISFS_RUNDIR", mounted.run_dir()).output().unwrap().into();
     assert!(refused.code == 1 && refused.err.contains("UTF-8"), "{refused:?}");
@@ -320,7 +320,7 @@ fn another_user_than_root_can_mount_for_themselves() {
         std::os::unix::fs::chown(path(name), Some(65534), Some(65534)).unwrap();
     }
     let own = path("nemesisfs");
-    std::fs::copy(PROGRAM, &own).unwrap();
+    std::fs::copy(executable(), &own).unwrap();
     let script = format!(
         "{own} mount {backing} {mnt} && echo hi > {mnt}/a && mkdir {mnt}/d && mv {mnt}/a {mnt}/d/b && cat {mnt}/d/b && \
          {own} rule add x --kind error --errno EIO --op write --times 1 && ! echo no > {mnt}/d/b && ls -l {mnt}/d && \

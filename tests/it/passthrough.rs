@@ -9,7 +9,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::support::{Mounted, PROGRAM, Said, Trace, eventually, is_mounted};
+use crate::support::{Mounted, Said, Trace, eventually, executable, is_mounted};
 
 fn mounted() -> Mounted {
     let mounted = Mounted::with(&["--passthrough", "/fast/**"]);
@@ -224,7 +224,7 @@ fn what_cannot_be_passed_through_is_refused_with_its_reason() {
         std::os::unix::fs::chown(path(name), Some(65534), Some(65534)).unwrap();
     }
     let own = path("nemesisfs");
-    std::fs::copy(PROGRAM, &own).unwrap();
+    std::fs::copy(executable(), &own).unwrap();
     let start = |launcher: &[&str], glob: &str| -> Said {
         let words = [own.as_str(), "mount", &path("backing"), &path("mnt"), "--passthrough", glob].map(str::to_string);
         let mut command = Command::new(launcher[0]);
@@ -243,7 +243,8 @@ fn what_cannot_be_passed_through_is_refused_with_its_reason() {
     {
         let said = start(launcher, glob);
         if said.code == 0 {
-            let _ = Command::new(PROGRAM).args(["umount", &path("mnt")]).env("NEMESISFS_RUNDIR", path("run")).output();
+            let _ =
+                Command::new(executable()).args(["umount", &path("mnt")]).env("NEMESISFS_RUNDIR", path("run")).output();
         }
         assert_eq!(said.code, code, "{glob:?}: {said:?}");
         assert!(said.err.contains("error: ") && said.err.contains(word), "{glob:?}: {said:?}");

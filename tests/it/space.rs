@@ -633,7 +633,7 @@ fn ballast_that_is_cleared_or_whose_client_is_gone_in_the_middle_is_removed() {
     let slow = ["-f", "-e", "trace=fallocate", "-e", "inject=fallocate:delay_enter=400000"];
     let trace = crate::support::Trace::of(&mounted, &[mounted.pid], &slow);
     let filling = || {
-        let client = Command::new(crate::support::PROGRAM)
+        let client = Command::new(crate::support::executable())
             .args(["space", "ballast", "--used", "95%"])
             .env("NEMESISFS_RUNDIR", mounted.run_dir())
             .stderr(std::process::Stdio::piped())
@@ -675,7 +675,7 @@ fn ballast_on_files_that_take_no_marks_is_known_by_the_run_directory() {
     below.error_rule("no-marks", "setxattr", "/**", "EOPNOTSUPP", None);
     let mountpoint = below.aside("upper").display().to_string();
     let program = |words: &[&str]| -> crate::support::Said {
-        let mut command = Command::new(crate::support::PROGRAM);
+        let mut command = Command::new(crate::support::executable());
         command.args(words).env("NEMESISFS_RUNDIR", below.run_dir()).output().unwrap().into()
     };
     let mount = |instance: &str| {

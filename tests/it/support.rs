@@ -10,14 +10,19 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-/// The program under test.
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_nemesisfs");
+/// The program under test: the one of this build, or, in a guest of the lab, the copy that `NEMESISFS` names.
+pub fn executable() -> &'static str {
+    static PATH: LazyLock<String> =
+        LazyLock::new(|| std::env::var("NEMESISFS").unwrap_or_else(|_| env!("CARGO_BIN_EXE_nemesisfs").to_string()));
+    &PATH
+}
 
 /// One mount, from its start to its checked end.
 pub struct Mounted {
@@ -126,7 +131,7 @@ impl Mounted {
         for path in [mounted.dir.path(), &backing, &mountpoint] {
             open_to_all(path);
         }
-        let words = [PROGRAM, "mount", "--instance", "t"];
+        let words = [executable(), "mount", "--instance", "t"];
         let words = launcher[1..].iter().chain(&words).chain(options).copied();
         let said = mounted.run(launcher[0], words, &[&backing, &mountpoint]);
         mounted.mounted(&said);
@@ -148,7 +153,7 @@ impl Mounted {
 
     /// Mounts again after the daemon was killed.
     pub fn mount_again(&mut self) {
-        let words = [PROGRAM, "mount", "--instance", "t"].into_iter();
+        let words = [executable(), "mount", "--instance", "t"].into_iter();
         let said = self.run("env", words, &[&self.backing, &self.mountpoint]);
         self.mounted(&said);
     }
@@ -178,7 +183,7 @@ impl Mounted {
 
     /// Runs the command line on this instance, whatever comes of it.
     pub fn try_cli(&self, words: &[&str]) -> Said {
-        self.run(PROGRAM, words.iter().copied(), &[])
+        self.run(executable(), words.iter().copied(), &[])
     }
 
     /// Runs a Python program in the mountpoint; it must end well. Its arguments are the backing directory, the daemon's
@@ -340,6 +345,11 @@ pub fn python<'a>(dir: &Path, script: &str, arguments: impl IntoIterator<Item = 
     let script = format!("import signal; signal.alarm(60)\n{script}");
     let mut command = Command::new("python3");
     command.args(["-c", &script]).args(arguments).current_dir(dir).output().expect("python3 runs").into()
+}
+
+/// Runs a script of the shell, which ends at the first command that fails.
+pub fn sh(script: &str) -> Said {
+    Command::new("sh").args(["-euc", script]).output().expect("sh runs").into()
 }
 
 /// System calls of a daemon as strace sees them, from the moment that it looks to its end.

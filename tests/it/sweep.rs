@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::{Mounted, PROGRAM, Said, eventually, is_alive};
+use crate::support::{Mounted, Said, eventually, executable, is_alive};
 
 /// Three writes and two fsyncs, which end at the first that fails.
 const FIVE_REQUESTS: &str = "
@@ -115,7 +115,7 @@ fn a_planted_bug_is_found_at_its_request_and_the_command_told_repeats_it() {
     assert!(wrong[0].contains("n=2") && wrong[0].contains("survived") && wrong[0].contains("WRONG"), "{said:?}");
     assert!(said.err.contains("--verify failed in 1 of 6 runs, first at n=2"), "{said:?}");
 
-    let repeat = summary["repeat"].as_str().expect("a command").replacen("nemesisfs", PROGRAM, 1);
+    let repeat = summary["repeat"].as_str().expect("a command").replacen("nemesisfs", executable(), 1);
     let again = Command::new("sh").args(["-c", &repeat]).env("NEMESISFS_RUNDIR", mounted.run_dir()).output();
     let again = Said::from(again.expect("a shell"));
     assert!(again.code == 1 && again.err.contains("in 1 of 1 runs, first at n=2"), "{repeat}\n{again:?}");
@@ -163,7 +163,7 @@ fn an_interrupted_sweep_leaves_neither_rule_nor_child() {
     let mounted = Mounted::new();
     let sleeper = mounted.aside("pids").join("sleeper");
     let script = format!("sleep 1000 & echo $! >{}; echo x >{{mnt}}/f", sleeper.display());
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(executable());
     command.args(["sweep", "--kind", "stall", "--op", "write", "--", "sh", "-c", &script]);
     command.env("NEMESISFS_RUNDIR", mounted.run_dir()).stdout(Stdio::null());
     let mut running = command.stderr(Stdio::piped()).spawn().expect("the program runs");
@@ -218,10 +218,11 @@ fn each_run_begins_at_an_idle_mount_prepared_anew() {
     mounted.error_rule("before", "write", "/never", "EIO", None);
     let prepared = mounted.aside("aside").join("prepared");
     let prepare = format!(
-        "test -z \"$(ls {{mnt}})\"; echo $? >>{}; rm -f {{mnt}}/f; {PROGRAM} mode | grep allow_writes",
-        prepared.display()
+        "test -z \"$(ls {{mnt}})\"; echo $? >>{}; rm -f {{mnt}}/f; {} mode | grep allow_writes",
+        prepared.display(),
+        executable()
     );
-    let verify = format!("{PROGRAM} mode error_all");
+    let verify = format!("{} mode error_all", executable());
     let options = [EIO.as_slice(), &["--prepare", &prepare, "--verify", &verify]].concat();
     let said = sweep(&mounted, &options, FIVE_REQUESTS);
     assert_eq!(said.code, 0, "{said:?}");

@@ -1,0 +1,227 @@
+//! Block devices that fail below a filesystem: dm-flakey and dm-delay over an image or a disk, with a log of the writes by
+//! dm-log-writes if wanted.
+//!
+//! What was made, and what is about to be, is in a state file before it is done, so that every daemon can take it back
+//! from every state. Whether a thing is ours is asked of the kernel: a mapping by its UUID, a loop device by the file under
+//! it, an image by its inode and its birth.
+//!
+//! On helper threads and the `machine` thread: tools are run and waited for. Each change holds the part `devices` of the
+//! state. Must never: touch a device, file or mount that no record names as ours, or signal a process without being told.
+
+mod asked;
+mod change;
+mod create;
+mod cut;
+mod disk;
+mod filesystem;
+mod holders;
+mod log;
+mod mapping;
+mod record;
+mod remove;
+mod replay;
+mod show;
+pub mod table;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::Machine;
+use super::state::{Part, is_name};
+use super::tool::{ToolError, Tools};
+use crate::fault::compile::Problem;
+
+pub use asked::Asked;
+pub use change::{AskedStall, expire, resume, set_mode, suspend};
+pub use create::create;
+pub use cut::{AskedCut, cut};
+pub use remove::{remove, remove_all};
+pub use replay::{AskedMark, AskedReplay, mark, replay};
+pub use show::{all, one};
+
+use record::Record;
+
+/// The part of the state that holds the records.
+const PART: &str = "devices";
+
+/// What kind of no it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The request makes no sense, here.
+    Invalid(String),
+    NotFound,
+    /// Somebody uses it.
+    Busy,
+    /// It does not go with how things are, or a tool said no.
+    Conflict,
+    /// This host cannot.
+    NotSupported,
+}
+
+/// Why something was not done.
+#[derive(Clone, Debug)]
+pub struct Refused {
+    pub kind: Kind,
+    pub detail: String,
+    pub hint: Option<String>,
+    /// What else belongs to it, by name.
+    pub more: Vec<(&'static str, Value)>,
+}
+
+impl Refused {
+    fn new(kind: Kind, detail: impl Into<String>) -> Refused {
+        Refused { kind, detail: detail.into(), hint: None, more: Vec::new() }
+    }
+
+    fn conflict(detail: impl Into<String>) -> Refused {
+        Refused::new(Kind::Conflict, detail)
+    }
+
+    fn not_supported(detail: impl Into<String>) -> Refused {
+        Refused::new(Kind::NotSupported, detail)
+    }
+
+    fn not_found(name: &str) -> Refused {
+        Refused::new(Kind::NotFound, format!("there is no device {name:?}")).hint("nemesisfs device status")
+    }
+
+    fn hint(self, hint: impl Into<String>) -> Refused {
+        Refused { hint: Some(hint.into()), ..self }
+    }
+
+    fn with(mut self, name: &'static str, value: Value) -> Refused {
+        self.more.push((name, value));
+        self
+    }
+
+    /// Its word in the API.
+    pub fn code(&self) -> &'static str {
+        match self.kind {
+            Kind::Invalid(_) => "rule_invalid",
+            Kind::NotFound => "not_found",
+            Kind::Busy => "busy",
+            Kind::Conflict => "conflict",
+            Kind::NotSupported => "not_supported",
+        }
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.detail)
+    }
+}
+
+impl From<Problem> for Refused {
+    fn from(problem: Problem) -> Refused {
+        let refused = Refused::new(Kind::Invalid(problem.pointer), problem.detail);
+        Refused { hint: problem.hint, ..refused }
+    }
+}
+
+impl From<ToolError> for Refused {
+    fn from(error: ToolError) -> Refused {
+        match error {
+            ToolError::Missing(_) => Refused::not_supported(error.to_string()),
+            error => Refused::conflict(error.to_string()),
+        }
+    }
+}
+
+/// A field of the request that makes no sense.
+fn invalid(field: &str, detail: impl Into<String>) -> Refused {
+    Refused::new(Kind::Invalid(format!("#/{field}")), detail)
+}
+
+/// An error of a file or the state directory, with its place.
+fn at(place: impl fmt::Display) -> impl Fn(io::Error) -> Refused {
+    move |error| Refused::conflict(format!("{place}: {error}"))
+}
+
+/// One operation: the state locked, and what was run for it.
+struct Job<'a> {
+    machine: &'a Machine,
+    part: Part,
+    tools: Tools,
+    warnings: Vec<String>,
+}
+
+impl<'a> Job<'a> {
+    /// Waits for other operations on devices to end.
+    fn begin(machine: &'a Machine) -> Result<Job<'a>, Refused> {
+        let part = machine.state.part(PART).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                Refused::new(Kind::Busy, "another operation on devices has not ended for a minute")
+            }
+            _ => at(machine.state.path().join(PART).display())(error),
+        })?;
+        Ok(Job::on(machine, part))
+    }
+
+    fn on(machine: &'a Machine, part: Part) -> Job<'a> {
+        Job { machine, part, tools: Tools::default(), warnings: Vec::new() }
+    }
+
+    fn find(&self, name: &str) -> Result<Option<Record>, Refused> {
+        if !is_name(name) {
+            return Ok(None);
+        }
+        self.part.get(name).map_err(at(format!("the state of device {name}")))
+    }
+
+    /// A device that is whole and has its mapping.
+    fn ready(&self, name: &str) -> Result<Record, Refused> {
+        let record = self.find(name)?.ok_or_else(|| Refused::not_found(name))?;
+        match record.state() {
+            "ready" | "cutting" => Ok(record),
+            state => {
+                let detail = format!("device {name} is {state}");
+                Err(Refused::conflict(detail).hint(format!("nemesisfs device remove {name}")))
+            }
+        }
+    }
+
+    fn save(&self, record: &Record) -> Result<(), Refused> {
+        self.part.put(&record.name, record).map_err(at(format!("the state of device {}", record.name)))
+    }
+
+    fn tell(&self, record: &Record, action: &str) {
+        self.tell_more(record, action, json!({}));
+    }
+
+    fn tell_more(&self, record: &Record, action: &str, more: Value) {
+        let mut event = json!({"device": record.name, "action": action, "mode": record.mode.text()});
+        if let (Some(event), Value::Object(more)) = (event.as_object_mut(), more) {
+            event.extend(more);
+        }
+        self.machine.tell("device", event);
+    }
+
+    /// What is answered after a change.
+    fn done(self, record: &Record, undo: Option<String>) -> Value {
+        let mut answer = show::describe(record);
+        answer["commands"] = self.tools.lines.into();
+        answer["undo"] = undo.into();
+        answer["warnings"] = self.warnings.into();
+        answer
+    }
+}
+
+/// A duration as clients write it.
+fn duration(field: &str, text: &str) -> Result<Duration, Refused> {
+    let bad =
+        || invalid(field, format!("{field}: {text:?} is not a duration")).hint("write \"10ms\", \"3s\" or \"5m\"");
+    crate::fault::compile::nanoseconds(text).map(Duration::from_nanos).ok_or_else(bad)
+}
+
+/// A path as clients send it: our working directory is not theirs.
+fn absolute(field: &str, path: &str) -> Result<PathBuf, Refused> {
+    match path.starts_with('/') && !path.contains('\0') {
+        true => Ok(PathBuf::from(path)),
+        false => Err(invalid(field, format!("{field}: {path:?} is not an absolute path")).hint("begin it with /")),
+    }
+}

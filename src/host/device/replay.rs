@@ -1,0 +1,161 @@
+//! Marks in the log of writes, and what the disk was at one of them, written to a second disk.
+//!
+//! On a helper thread, under the lock of the part. Must never: write over what is there.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufReader, BufWriter, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::asked::{Filesystem, Ground};
+use super::log::{Log, LogError, Replayed};
+use super::record::Record;
+use super::{Job, Refused, absolute, at, disk, invalid};
+use crate::host::Machine;
+use crate::host::tool::{self, ask};
+
+/// The kernel writes the log a moment later.
+const LATER: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// A mark has to fit into a sector of 512 bytes, with the entry.
+const LONGEST_MARK: usize = 400;
+
+/// A mark for the log.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AskedMark {
+    mark: String,
+}
+
+/// What is to be replayed, and where.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AskedReplay {
+    to: String,
+    into: String,
+    /// A disk that holds something may be overwritten.
+    #[serde(default)]
+    force: bool,
+}
+
+fn logged(job: &Job, name: &str) -> Result<(Record, PathBuf), Refused> {
+    let record = job.ready(name)?;
+    let Some(log) = &record.log else {
+        let hint = "make it with a log: device create … --log-image FILE --log-size S";
+        return Err(Refused::conflict(format!("device {name} logs no writes")).hint(hint));
+    };
+    // The file under a loop device is what the kernel writes to; reading the device could give what was there before.
+    let source = log.ground.path().clone();
+    Ok((record, source))
+}
+
+fn check_mark(field: &str, mark: &str) -> Result<(), Refused> {
+    let fits = !mark.is_empty() && mark.len() <= LONGEST_MARK && mark.chars().all(|c| c.is_ascii_graphic());
+    match fits {
+        true => Ok(()),
+        false => Err(invalid(field, format!("{field}: {mark:?} cannot be a mark"))
+            .hint("letters, digits and signs without spaces, at most 400")),
+    }
+}
+
+/// Puts a mark into the log: what was durable by now comes before it.
+///
+/// # Errors
+/// When there is no log, or dmsetup says no.
+pub fn mark(machine: &Machine, name: &str, asked: &AskedMark) -> Result<Value, Refused> {
+    check_mark("mark", &asked.mark)?;
+    let mut job = Job::begin(machine)?;
+    let (record, _) = logged(&job, name)?;
+    job.tools.run(&["dmsetup", "message", &record.log_name(), "0", "mark", &asked.mark])?;
+    job.tell_more(&record, "marked", json!({"mark": asked.mark}));
+    let mut answer = job.done(&record, None);
+    answer["mark"] = asked.mark.as_str().into();
+    Ok(answer)
+}
+
+/// Writes what the log has up to a mark.
+///
+/// # Errors
+/// When there is no such mark, or the target is in use or there already: then nothing was written.
+pub fn replay(machine: &Machine, name: &str, asked: &AskedReplay) -> Result<Value, Refused> {
+    check_mark("to", &asked.to)?;
+    let target = absolute("into", &asked.into)?;
+    let job = Job::begin(machine)?;
+    let (record, source) = logged(&job, name)?;
+    let is_disk = fs::metadata(&target).is_ok_and(|found| !found.is_file());
+    let size = disk::bytes(record.sectors);
+    let ground = if is_disk { Ground::Device(target) } else { Ground::NewImage(target, size) };
+    // Any filesystem: whatever is there is overwritten.
+    let ground = disk::examine(&ground, Filesystem::Ext4, asked.force)?;
+    if matches!(record.log.as_ref().map(|log| &log.ground), Some(Ground::Device(_))) {
+        ask(&["blockdev".as_ref(), "--flushbufs".as_ref(), source.as_os_str()])?;
+    }
+    wait_for_mark(&source, &asked.to)?;
+    let done = write(&source, &asked.to, &ground, size)?;
+    let into = ground.path();
+    let undo = matches!(ground, Ground::NewImage(..)).then(|| tool::line(&["rm".as_ref(), into.as_os_str()]));
+    let told = json!({"to": asked.to, "into": into, "entries": done.entries});
+    job.tell_more(&record, "replayed", told);
+    let mut answer = job.done(&record, None);
+    answer["replayed"] = json!({
+        "to": asked.to, "into": into, "entries": done.entries, "writes": done.writes, "discards": done.discards,
+        "bytes": done.bytes, "undo": undo,
+    });
+    Ok(answer)
+}
+
+fn open(source: &Path) -> Result<Log<BufReader<File>>, Refused> {
+    let file = File::open(source).map_err(at(source.display()))?;
+    Log::open(BufReader::new(file)).map_err(|error| failed(source, error))
+}
+
+fn wait_for_mark(source: &Path, mark: &str) -> Result<(), Refused> {
+    let until = Instant::now() + LATER;
+    loop {
+        let marks = open(source).and_then(|mut log| log.marks().map_err(|error| failed(source, error)));
+        match marks {
+            Ok(marks) if marks.iter().any(|known| known == mark) => return Ok(()),
+            Ok(marks) if Instant::now() > until => {
+                return Err(failed(source, LogError::NoMark { wanted: mark.into(), marks }));
+            }
+            Err(refused) if Instant::now() > until => return Err(refused),
+            _ => std::thread::sleep(LOOK_AGAIN),
+        }
+    }
+}
+
+fn write(source: &Path, mark: &str, ground: &Ground, size: u64) -> Result<Replayed, Refused> {
+    let into = ground.path();
+    let is_new = matches!(ground, Ground::NewImage(..));
+    let target =
+        OpenOptions::new().write(true).create_new(is_new).mode(0o600).open(into).map_err(at(into.display()))?;
+    let written = (|| {
+        if is_new {
+            target.set_len(size)?;
+        }
+        let mut buffered = BufWriter::new(&target);
+        let done = Log::open(BufReader::new(File::open(source)?))?.replay(mark, size, &mut buffered)?;
+        buffered.flush()?;
+        target.sync_all()?;
+        Ok(done)
+    })();
+    written.map_err(|error| {
+        if is_new {
+            let _ = fs::remove_file(into);
+        }
+        failed(source, error)
+    })
+}
+
+fn failed(source: &Path, error: LogError) -> Refused {
+    let refused = Refused::conflict(format!("{}: {error}", source.display()));
+    match error {
+        LogError::NoMark { marks, .. } => refused.hint(format!("it has: {}", marks.join(" "))),
+        LogError::NoLog => refused.hint("the kernel writes the first part of the log with the first mark"),
+        _ => refused,
+    }
+}
