@@ -37,7 +37,7 @@ use crate::fs::adapter::Adapter;
 use crate::fs::mount::{How, Living, Places, holders, prepare, unmount, unmount_patiently};
 use crate::fs::{Core, Ended, clock, watch};
 use crate::host::state::StateDir;
-use crate::host::{Guard, Machine};
+use crate::host::{Guard, Machine, coredump};
 use crate::sys::memory;
 use crate::sys::mounts::{self, SOURCE};
 
@@ -634,6 +634,7 @@ impl Serving {
         if let Err(error) = self.core.ballast.remove(self.core.tree.backing()) {
             tracing::error!(%error, "ballast could not be removed");
         }
+        self.give_coredumps_back();
         drop((self.stop_watch, self.guard));
         self.stop_clock.store(true, Release);
         self.core.parking.wake_clock();
@@ -644,6 +645,19 @@ impl Serving {
             Ok(Ok(())) => tracing::info!("the mount has ended"),
             Ok(Err(error)) => tracing::error!(%error, "the session has failed"),
             Err(_) => tracing::error!("the session has panicked"),
+        }
+    }
+}
+
+impl Serving {
+    /// What of this mount wanted coredumps elsewhere has ended with it.
+    fn give_coredumps_back(&self) {
+        let machine = &self.guard.machine;
+        let lease = control::lease_of(&self.identity.instance);
+        if coredump::lease(machine, &lease).is_some()
+            && let Err(error) = coredump::release(machine, &lease, coredump::TIMEOUT)
+        {
+            tracing::error!(%error, "coredumps are not home: whoever watches over the machine tries again");
         }
     }
 }

@@ -16,7 +16,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use tokio::runtime::Runtime;
@@ -107,6 +107,27 @@ impl Children {
             end_group(pid);
         }
         Ok(Done { ended: ended?.unwrap_or(Ended::TimedOut), output: tail(&said)? })
+    }
+
+    /// Runs a program in our own group, on our own terminal, to its end. Signals that are to end us are handed on to it,
+    /// but for the one that a terminal has sent it already.
+    pub fn follow(&mut self, command: &mut Command) -> io::Result<Ended> {
+        let mut child = command.spawn()?;
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let by_terminal = io::IsTerminal::is_terminal(&io::stdin());
+        let ended = loop {
+            match self.wait(pid, Duration::MAX) {
+                Ok(Some(ended)) => break ended,
+                Ok(None) => {}
+                Err(Broken::Interrupted(Signal::SIGINT)) if by_terminal => {}
+                Err(Broken::Interrupted(signal)) => {
+                    let _ = kill(pid, signal);
+                }
+                Err(Broken::Failed(error)) => return Err(error),
+            }
+        };
+        child.wait()?;
+        Ok(ended)
     }
 
     /// How it ended, unless it has not within the limit.

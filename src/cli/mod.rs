@@ -9,6 +9,8 @@
 mod args;
 mod children;
 mod console;
+mod coredump;
+mod coredump_agent;
 mod damage;
 mod device;
 mod events;
@@ -74,7 +76,11 @@ enum Verb {
     /// What was done to whom
     Events(events::EventsArgs),
     /// Back to a disk that does nothing: no rules, no mode, no capacity, nothing held
-    Reset,
+    Reset {
+        /// The machine too: devices removed, coredumps where they belong
+        #[arg(long)]
+        all: bool,
+    },
     /// Run a command again and again, with the fault at the first, second, third … matching request
     Sweep(Box<sweep::SweepArgs>),
     /// How full the disk seems
@@ -91,6 +97,9 @@ enum Verb {
     },
     /// Give files back what they should have where they were damaged, or list where that is
     Repair(damage::RepairArgs),
+    /// Where coredumps go while the disk is full
+    #[command(subcommand)]
+    Coredump(coredump::CoredumpCommand),
     /// The live state
     #[command(subcommand)]
     Inspect(inspect::InspectCommand),
@@ -131,12 +140,13 @@ fn run(cli: &Cli, run_dir: &Path, console: &Console) -> u8 {
         Verb::Mode(args) => mode::run(&world, args),
         Verb::Rule(command) => rule::run(&world, command),
         Verb::Events(args) => events::run(&world, args),
-        Verb::Reset => on_each(&world, &rule::reset),
+        Verb::Reset { all } => on_each(&world, &|session| rule::reset(session, *all)),
         Verb::Sweep(args) => sweep::run(&world, args),
         Verb::Space(command) => space::run(&world, command),
         Verb::Device(command) => device::run(&world, command),
         Verb::Evict { path } => on_each(&world, &|session| space::evict(session, path.as_deref())),
         Verb::Repair(args) => damage::run(&world, args),
+        Verb::Coredump(command) => coredump::run(&world, command),
         Verb::Inspect(command) => inspect::run(&world, command),
         Verb::Completions { shell } => completions(*shell, console),
     }

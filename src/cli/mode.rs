@@ -24,6 +24,9 @@ pub struct ModeArgs {
     /// Of a disk that comes and goes: how long the mode then acts
     #[arg(long, value_name = "DURATION", requires = "mode")]
     down: Option<Span>,
+    /// Coredumps go to the root filesystem for as long as the mode lasts
+    #[arg(long, requires = "mode")]
+    redirect_coredumps: bool,
 }
 
 pub fn run(world: &World, args: &ModeArgs) -> u8 {
@@ -48,7 +51,10 @@ fn set(session: &Session, mode: &str, args: &ModeArgs) -> Result<Outcome, Client
             body.insert(name.into(), json!(span.text));
         }
     }
-    let reply = session.client.put("/v1/mode", &Value::Object(body))?;
+    if args.redirect_coredumps {
+        body.insert("redirect_coredumps".into(), json!(true));
+    }
+    let reply = session.after_coredumps(args.redirect_coredumps)?.put("/v1/mode", &Value::Object(body))?;
     let what = sentence(&reply.body);
     let undo = old.filter(|old| old != mode).unwrap_or_else(|| "allow_writes".to_owned());
     let undo = if mode == undo { Vec::new() } else { vec![session.undo(&format!("mode {}", quoted(&undo)))] };

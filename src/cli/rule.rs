@@ -65,6 +65,9 @@ pub struct AddArgs {
     /// `rule check` fails while it has not fired
     #[arg(long)]
     required: bool,
+    /// Coredumps go to the root filesystem for as long as it is armed
+    #[arg(long)]
+    redirect_coredumps: bool,
     /// A word of your own, copied into each event. Repeatable
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
     labels: Vec<(String, String)>,
@@ -111,8 +114,10 @@ impl AddArgs {
         let mut spec = Map::new();
         spec.insert("name".into(), json!(self.name));
         spec.insert("enabled".into(), json!(!self.disabled));
-        if self.required {
-            spec.insert("required".into(), json!(true));
+        for (name, given) in [("required", self.required), ("redirect_coredumps", self.redirect_coredumps)] {
+            if given {
+                spec.insert(name.into(), json!(true));
+            }
         }
         spec.insert("match".into(), self.place.document());
         spec.insert("trigger".into(), self.trigger.document());
@@ -123,6 +128,10 @@ impl AddArgs {
         }
         Value::Object(spec)
     }
+}
+
+fn redirects(rule: &Value) -> bool {
+    rule.get("redirect_coredumps") == Some(&Value::Bool(true))
 }
 
 pub fn path_of(name: &str) -> String {
@@ -143,7 +152,7 @@ fn before(session: &Session, name: &str) -> Result<Option<Value>, ClientError> {
 
 fn add(session: &Session, name: &str, spec: &Value) -> Result<Outcome, ClientError> {
     let old = before(session, name)?;
-    let reply = session.client.put(&path_of(name), spec)?;
+    let reply = session.after_coredumps(redirects(spec))?.put(&path_of(name), spec)?;
     let state = reply.body.get("state").and_then(Value::as_str).unwrap_or("armed");
     let what = format!("rule {name} {state}: {}", sentence(&reply.body));
     let undo = match old.as_ref().and_then(command) {
@@ -233,7 +242,8 @@ fn all_before(session: &Session) -> Result<Vec<Value>, ClientError> {
 
 fn apply(session: &Session, set: &Value) -> Result<Outcome, ClientError> {
     let old = all_before(session)?;
-    let reply = session.client.put("/v1/rules", set)?;
+    let redirects = set.get("rules").and_then(Value::as_array).is_some_and(|rules| rules.iter().any(redirects));
+    let reply = session.after_coredumps(redirects)?.put("/v1/rules", set)?;
     let mut what: Vec<String> = vec![format!("{} rules in force, in this order", rules(&reply.body).len())];
     what.extend(
         rules(&reply.body)
@@ -278,10 +288,27 @@ fn check(session: &Session) -> Result<Outcome, ClientError> {
     Ok(Outcome { complaints, exit, ..shown(Reply { body, ..reply }, lines) })
 }
 
+/// How long devices and coredumps may take to be as they were.
+const RESET_ALL: Duration = Duration::from_secs(180);
+
 /// `reset` lives here because what it takes away and may have to bring back are rules.
-pub fn reset(session: &Session) -> Result<Outcome, ClientError> {
-    let old = all_before(session)?;
-    let reply = session.client.post("/v1/reset", &json!({}))?;
+pub fn reset(session: &Session, all: bool) -> Result<Outcome, ClientError> {
+    // A daemon without a mount has no rules.
+    let old = all_before(session).unwrap_or_default();
+    let reply = match all {
+        false => session.client.post("/v1/reset", &json!({}))?,
+        true => session.patient(Some(RESET_ALL))?.post("/v1/reset?all=true", &json!({}))?,
+    };
+    let machine: Vec<String> = ["devices", "leases"]
+        .iter()
+        .filter_map(|part| Some((part, names(&reply.body, part))).filter(|(_, names)| !names.is_empty()))
+        .map(|(part, names)| format!("{part} removed: {names}"))
+        .collect();
+    if reply.body.get("mode").is_none() {
+        let what =
+            if machine.is_empty() { "reset: nothing of the machine is changed".to_owned() } else { machine.join("; ") };
+        return Ok(changed(reply, what, Vec::new()));
+    }
     let removed = match names(&reply.body, "removed") {
         names if names.is_empty() => "no rules to remove".to_owned(),
         names => format!("rules removed: {names}"),
@@ -289,6 +316,7 @@ pub fn reset(session: &Session) -> Result<Outcome, ClientError> {
     let mode = field(&reply.body, "mode");
     let released = reply.body.get("released").and_then(Value::as_u64).unwrap_or_default();
     let what = format!("reset: {removed}; mode {mode}; capacity off; {released} parked requests went on");
+    let what = std::iter::once(what).chain(machine).collect::<Vec<_>>().join("; ");
     let bring_back = old.iter().filter(|rule| !matches!(field(rule, "name").as_str(), "mode" | "space"));
     Ok(changed(reply, what, bring_back.map(|rule| undo_of(session, rule)).collect()))
 }

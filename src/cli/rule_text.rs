@@ -89,8 +89,10 @@ pub fn command(rule: &Value) -> Option<String> {
     if rule.get("enabled") == Some(&Value::Bool(false)) {
         words.push("--disabled".to_owned());
     }
-    if rule.get("required") == Some(&Value::Bool(true)) {
-        words.push("--required".to_owned());
+    for (name, flag) in [("required", "--required"), ("redirect_coredumps", "--redirect-coredumps")] {
+        if rule.get(name) == Some(&Value::Bool(true)) {
+            words.push(flag.to_owned());
+        }
     }
     for (key, value) in rule.get("labels").and_then(Value::as_object).into_iter().flatten() {
         if key.is_empty() || key.contains('=') {

@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::client::{Client, ClientError, Reply, Target, exit, host};
+use crate::client::{ANSWER_TIMEOUT, Client, ClientError, Reply, Target, exit, host};
 
 use super::args::Globals;
 use super::console::{Console, Outcome};
+
+/// How long a daemon may take to move coredumps: it waits for cores that are being written, and for an agent.
+const REDIRECTION: Duration = Duration::from_secs(180);
 
 /// What every command needs to know of the world around it.
 pub struct World<'a> {
@@ -63,7 +66,16 @@ fn on_targets(world: &World, targets: Result<Vec<Target>, ClientError>, verb: Ve
 
 /// Runs `verb` on the one host that there must be, on this thread.
 pub fn on_only(world: &World, what: &str, verb: Verb) -> u8 {
-    match host::resolve(&world.globals.host, world.run_dir).as_deref() {
+    on_one_of(world, host::resolve(&world.globals.host, world.run_dir), what, verb)
+}
+
+/// The same for a `verb` about the machine.
+pub fn on_only_machine(world: &World, what: &str, verb: Verb) -> u8 {
+    on_one_of(world, super::host::resolve(world), what, verb)
+}
+
+fn on_one_of(world: &World, targets: Result<Vec<Target>, ClientError>, what: &str, verb: Verb) -> u8 {
+    match targets.as_deref() {
         Err(error) => world.console.error(error),
         Ok([target]) => {
             let (target, result) = on_one(world, target, false, verb);
@@ -103,6 +115,11 @@ impl<'a> Session<'a> {
     /// A client of the same host that waits for each answer as long as `limit` says.
     pub fn patient(&self, limit: Option<Duration>) -> Result<Client, ClientError> {
         Ok(Client::new(self.target.host.clone(), self.connect_timeout)?.answer_within(limit))
+    }
+
+    /// A client for a change that first moves coredumps, if it does: a core may be being written, or an agent be asked.
+    pub fn after_coredumps(&self, redirects: bool) -> Result<Client, ClientError> {
+        self.patient(Some(if redirects { REDIRECTION } else { ANSWER_TIMEOUT }))
     }
 
     /// Whether lines will be read by a person, for whom it is worth asking how to undo.

@@ -49,6 +49,9 @@ pub struct VirtualArgs {
     /// Writes that do not fit are accepted, and fsync tells, as with delayed allocation
     #[arg(long, requires = "Amount")]
     late: bool,
+    /// Coredumps go to the root filesystem before there is no room, and home when there is again
+    #[arg(long)]
+    redirect_coredumps: bool,
     /// Ends after this time
     #[arg(long = "for", value_name = "DURATION")]
     life: Option<Span>,
@@ -88,6 +91,9 @@ pub struct BallastArgs {
     /// Also where / or what the daemon needs lies on the same filesystem
     #[arg(long)]
     force: bool,
+    /// Coredumps go to the root filesystem before the disk is full, and home when it is no longer
+    #[arg(long)]
+    redirect_coredumps: bool,
     /// How long filling may take: then it has failed, and is undone
     #[arg(long, value_name = "DURATION", default_value = "60s")]
     deadline: Span,
@@ -133,8 +139,10 @@ impl VirtualArgs {
         if let Some(inodes) = self.inodes {
             amount.insert("inodes".into(), json!(inodes));
         }
-        if self.late {
-            amount.insert("late".into(), json!(true));
+        for (name, given) in [("late", self.late), ("redirect_coredumps", self.redirect_coredumps)] {
+            if given {
+                amount.insert(name.into(), json!(true));
+            }
         }
         json!({"virtual": amount})
     }
@@ -148,7 +156,7 @@ fn given<const N: usize>(texts: [(&str, &Option<String>); N]) -> Map<String, Val
 
 fn limit(session: &Session, args: &VirtualArgs) -> Result<Outcome, ClientError> {
     let old = before(session)?;
-    let reply = session.client.put("/v1/space", &args.document())?;
+    let reply = session.after_coredumps(args.redirect_coredumps)?.put("/v1/space", &args.document())?;
     let what = limits(&reply.body);
     let undo = old.unwrap_or_else(|| "space clear virtual".to_owned());
     Ok(changed(reply, what, vec![session.undo(&undo)]))
@@ -181,8 +189,10 @@ fn ballast(session: &Session, args: &BallastArgs) -> Result<Outcome, ClientError
     let Target { until_free, used } = &args.target;
     let texts = [("until_free", until_free), ("used", used), ("deadline", &deadline), ("for", &life)];
     let mut wanted = given(texts);
-    if args.force {
-        wanted.insert("force".into(), json!(true));
+    for (name, given) in [("force", args.force), ("redirect_coredumps", args.redirect_coredumps)] {
+        if given {
+            wanted.insert(name.into(), json!(true));
+        }
     }
     // The daemon ends by itself.
     let client = session.patient(None)?;
@@ -237,7 +247,8 @@ fn before(session: &Session) -> Result<Option<String>, ClientError> {
     Ok(requested.map(|requested| {
         let flags = requested.iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| {
             let text = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
-            if value.is_boolean() { format!(" --{name}") } else { format!(" --{name} {}", quoted(&text)) }
+            let flag = name.replace('_', "-");
+            if value.is_boolean() { format!(" --{flag}") } else { format!(" --{flag} {}", quoted(&text)) }
         });
         format!("space virtual{}", flags.collect::<String>())
     }))

@@ -243,7 +243,7 @@ impl Sweep<'_> {
             return self.session.client.post("/v1/reset", &json!({})).map(drop);
         }
         // Rules that were there before are gone now, so it is said how to get them back.
-        let outcome = rule::reset(self.session)?;
+        let outcome = rule::reset(self.session, false)?;
         if outcome.lines.len() > 1 {
             outcome.lines.iter().for_each(|line| self.print(line));
         }

@@ -73,6 +73,11 @@ impl ClientError {
         ClientError { exit, status: Some(status), problem }
     }
 
+    /// This host cannot do it.
+    pub fn unsupported(detail: impl Into<String>) -> Self {
+        Self::local(exit::NOT_SUPPORTED, "not_supported", detail)
+    }
+
     /// Adds the next useful step.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {

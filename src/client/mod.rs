@@ -31,7 +31,7 @@ pub use host::{Host, Target};
 
 /// How long a daemon may take for an answer that it should have at once: twice what it may spend on invalidation, and
 /// ample time for a machine under load.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What stays as it is in one segment of a path.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');

@@ -7,11 +7,13 @@
 //! One file for each resource: bytes in, a call of the filesystem's own functions, a document out.
 
 mod body;
+mod coredump;
 mod damage;
 mod devices;
 mod events;
 mod mode;
 mod problem;
+mod redirect;
 mod requests;
 mod rules;
 mod space;
@@ -27,7 +29,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::extract::{FromRef, State};
 use axum::http::{Method, Uri};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use crossbeam_channel::Sender;
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -38,6 +40,7 @@ use crate::fs::mount::{Holder, How};
 use crate::fs::{Changed, Core, Ended, kernel_cache};
 use crate::host::Machine;
 use problem::Problem;
+pub use redirect::lease_of;
 
 /// How long a change of the rules waits for the kernel to forget what could hide them.
 const FORGET_LIMIT: Duration = Duration::from_secs(2);
@@ -95,6 +98,7 @@ pub struct Control {
     service: Arc<Service>,
     /// One space request at a time: counting a tree takes a while.
     space: tokio::sync::Mutex<space::Requested>,
+    redirection: redirect::Redirection,
 }
 
 impl Deref for Control {
@@ -166,7 +170,10 @@ pub fn start(
     service.ring.set_waker(move || waker.published.notify_waiters());
     let router = match core {
         None => of_machine().with_state(AnyDaemon(service)),
-        Some(core) => of_mount().with_state(Arc::new(Control { core, service, space: Default::default() })),
+        Some(core) => {
+            let control = Control { core, service, space: Default::default(), redirection: Default::default() };
+            of_mount().with_state(Arc::new(control))
+        }
     };
     let stop = Arc::new(Notify::new());
     let stopped = stop.clone();
@@ -206,6 +213,12 @@ where
         .route("/v1/events", get(events::stream))
         .route("/v1/unmount", post(state::unmount))
         .merge(devices::routes())
+        .route("/v1/coredump", get(coredump::status))
+        .route("/v1/coredump/cores", get(coredump::cores))
+        .route("/v1/coredump/leases", delete(coredump::release_all))
+        .route("/v1/coredump/leases/{name}", get(coredump::show).put(coredump::take).delete(coredump::release))
+        .route("/v1/coredump/steps", get(coredump::list_steps))
+        .route("/v1/coredump/steps/{id}", post(coredump::acknowledge))
         .fallback(unknown_route)
         .method_not_allowed_fallback(unknown_method)
 }
@@ -266,15 +279,17 @@ impl Service {
 impl Control {
     /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
     /// forgets what could hide the new ones.
-    async fn in_force(&self, changed: Changed) -> InForce {
-        let warnings = match self.core.passthrough.is_some() {
+    async fn in_force(self: &Arc<Self>, changed: Changed) -> InForce {
+        let mut warnings = match self.core.passthrough.is_some() {
             false => Vec::new(),
             true => {
                 let (core, armed) = (self.core.clone(), changed.armed.clone());
                 helper(move || warnings(&core, &armed)).await.unwrap_or_default()
             }
         };
-        InForce { pending: self.make_forget(changed).await, warnings }
+        let pending = self.make_forget(changed).await;
+        warnings.extend(self.give_coredumps_back().await);
+        InForce { pending, warnings }
     }
 
     /// Gives what could not be forgotten in time.

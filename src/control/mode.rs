@@ -2,6 +2,7 @@
 //!
 //! On the control thread.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -9,6 +10,7 @@ use axum::extract::State;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::redirect::Fills;
 use super::{Answer, Control, InForce, Shared, body, document};
 use crate::fault::Problem;
 use crate::fault::compile::{SHORTEST_CYCLE_NS, nanoseconds};
@@ -25,6 +27,8 @@ struct Wanted {
     up: Option<String>,
     #[serde(default)]
     down: Option<String>,
+    #[serde(default)]
+    redirect_coredumps: bool,
 }
 
 impl Control {
@@ -37,7 +41,7 @@ impl Control {
         json!({"mode": mode.word(), "remaining": left, "up": up, "down": down, "cursor": self.cursor()})
     }
 
-    pub(super) async fn set_mode(&self, mode: Mode, life: Life) -> InForce {
+    pub(super) async fn set_mode(self: &Arc<Self>, mode: Mode, life: Life) -> InForce {
         let changed = self.core.arming.set_mode(mode, &life, self.ring().now_ns());
         self.core.follow_mode();
         let in_force = self.in_force(changed).await;
@@ -71,6 +75,7 @@ pub async fn set(State(control): Shared, body: Body) -> Answer {
         return Err(problem.nearest(&wanted.mode, Mode::ALL.iter().map(|(word, _)| *word)).into());
     };
     let life = Life {
+        redirect_coredumps: wanted.redirect_coredumps,
         lasts: duration("for", wanted.r#for)?,
         up: duration("up", wanted.up)?,
         down: duration("down", wanted.down)?,
@@ -85,7 +90,10 @@ pub async fn set(State(control): Shared, body: Body) -> Answer {
         return Err(Problem::new("#/down", "down: up and down together are shorter than 20ms").into());
     }
     let cursor = control.cursor();
-    let in_force = control.set_mode(mode, life).await;
+    let fills = Fills::mount_if(wanted.redirect_coredumps);
+    let set = async { Ok(control.set_mode(mode, life).await) };
+    let (mut in_force, warnings) = control.redirected(fills, set).await?;
+    in_force.warnings.extend(warnings);
     let mut value = control.show_mode();
     in_force.tell(&mut value);
     value["cursor"] = cursor.into();

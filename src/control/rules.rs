@@ -14,6 +14,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::problem::Problem;
+use super::redirect::Fills;
 use super::{Answer, Control, Shared, body, document, events};
 use crate::event::{Body as Event, Cursor, Read, Record, record::rfc3339};
 use crate::fault::compile::nanoseconds;
@@ -53,9 +54,14 @@ impl Control {
         self.core.arming.rule(name).ok_or_else(|| Problem::no_rule(name))
     }
 
-    async fn put_rule(&self, spec: RuleSpec) -> Answer {
-        let (rule, new, changed) = self.core.arming.put(spec, self.ring().now_ns())?;
-        let in_force = self.in_force(changed).await;
+    async fn put_rule(self: &Arc<Self>, spec: RuleSpec) -> Answer {
+        let fills = Fills::mount_if(spec.redirect_coredumps && spec.enabled);
+        let put = async {
+            let (rule, new, changed) = self.core.arming.put(spec, self.ring().now_ns())?;
+            Ok((rule, new, self.in_force(changed).await))
+        };
+        let ((rule, new, mut in_force), warnings) = self.redirected(fills, put).await?;
+        in_force.warnings.extend(warnings);
         let action = if new { "added" } else { "replaced" };
         let mut value = self.show_rule(&rule);
         self.ring().change("rule", json!({"rule": &*rule.name, "action": action, "definition": rule.spec}));
@@ -72,8 +78,13 @@ pub async fn replace(State(control): Shared, body: Body) -> Answer {
     let specs = rules_of(body::read(body).await?)?;
     let cursor = control.cursor();
     let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
-    let changed = control.core.arming.replace(specs, control.ring().now_ns())?;
-    let in_force = control.in_force(changed).await;
+    let fills = Fills::mount_if(specs.iter().any(|spec| spec.redirect_coredumps && spec.enabled));
+    let replace = async {
+        let changed = control.core.arming.replace(specs, control.ring().now_ns())?;
+        Ok(control.in_force(changed).await)
+    };
+    let (mut in_force, warnings) = control.redirected(fills, replace).await?;
+    in_force.warnings.extend(warnings);
     control.ring().change("rule", json!({"action": "replaced_all", "rules": names}));
     let mut value = json!({"rules": control.show_rules(), "cursor": cursor});
     in_force.tell(&mut value);

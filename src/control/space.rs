@@ -13,6 +13,7 @@ use axum::extract::State;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
+use super::redirect::Fills;
 use super::{Answer, Control, FORGET_LIMIT, Shared, body, document, helper};
 use crate::fault::Problem;
 use crate::fault::compile::{bytes, nanoseconds, path_glob};
@@ -32,8 +33,16 @@ const GRACE: Duration = Duration::from_secs(2);
 pub struct Requested {
     r#virtual: Option<Value>,
     quota: Vec<Value>,
+    /// Was the ballast asked for so that coredumps go elsewhere?
+    ballast_redirects: bool,
     /// How often each part was set: a life ends only what it was given to.
     settings: [u64; 2],
+}
+
+impl Requested {
+    fn virtual_redirects(&self) -> bool {
+        self.r#virtual.as_ref().is_some_and(|asked| asked["redirect_coredumps"] == true)
+    }
 }
 
 /// The parts of a capacity that can be set for a time.
@@ -70,6 +79,9 @@ struct Virtual {
     reserve: Option<Amount>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     late: bool,
+    /// Coredumps go to the root filesystem before there is no room, and home when there is again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    redirect_coredumps: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     r#for: Option<String>,
 }
@@ -93,6 +105,8 @@ struct WantedBallast {
     used: Option<String>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     force: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    redirect_coredumps: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     deadline: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -288,6 +302,12 @@ impl Control {
         }
     }
 
+    /// Does a capacity that is in force want coredumps elsewhere?
+    pub(super) async fn space_redirects(&self) -> bool {
+        let requested = self.space.lock().await;
+        requested.virtual_redirects() || (requested.ballast_redirects && self.core.ballast.status().is_some())
+    }
+
     fn clear_virtual(&self, requested: &mut Requested) {
         requested.r#virtual = None;
         self.core.capacity.set(crate::space::Limits::default());
@@ -363,6 +383,7 @@ impl Control {
         abandoned.0 = None;
         match filled {
             Ok(status) => {
+                self.space.lock().await.ballast_redirects = wanted.redirect_coredumps;
                 self.begin_life(Part::Ballast, filling.life).await;
                 let ballast = show_ballast(&status);
                 self.ring().change("space", json!({"action": "set", "ballast": ballast, "requested": asked}));
@@ -491,28 +512,41 @@ pub async fn set(State(control): Shared, body: Body) -> Answer {
         return Err(nothing.hint("{\"virtual\":{\"free\":\"0\"}}").into());
     }
     let cursor = control.cursor();
-    if let Some(wanted) = r#virtual {
-        control.set_virtual(wanted).await?;
-    }
-    if let Some((wanted, quotas)) = quota {
-        control.set_quotas(wanted, quotas).await?;
-    }
-    match (&wanted.ballast, filling) {
-        (Some(Some(wanted)), Some(filling)) => control.set_ballast(wanted, filling).await?,
-        (Some(None), _) => {
-            control.clear_part(Part::Ballast).await;
-            control.ring().change("space", json!({"action": "set", "ballast": null}));
+    let fills = match wanted.ballast.iter().flatten().any(|wanted| wanted.redirect_coredumps) {
+        true => Fills::Disk,
+        false => Fills::mount_if(r#virtual.iter().flatten().any(|(wanted, _)| wanted.redirect_coredumps)),
+    };
+    let set = async {
+        if let Some(wanted) = r#virtual {
+            control.set_virtual(wanted).await?;
         }
-        _ => {}
-    }
+        if let Some((wanted, quotas)) = quota {
+            control.set_quotas(wanted, quotas).await?;
+        }
+        match (&wanted.ballast, filling) {
+            (Some(Some(wanted)), Some(filling)) => control.set_ballast(wanted, filling).await?,
+            (Some(None), _) => {
+                control.clear_part(Part::Ballast).await;
+                control.ring().change("space", json!({"action": "set", "ballast": null}));
+            }
+            _ => {}
+        }
+        Ok(())
+    };
+    let ((), mut warnings) = control.redirected(fills, set).await?;
+    warnings.extend(control.give_coredumps_back().await);
     let mut value = control.show_space().await;
+    if !warnings.is_empty() {
+        value["warnings"] = warnings.into();
+    }
     value["cursor"] = cursor.into();
     Ok(document(200, &value))
 }
 
 pub async fn clear(State(control): Shared) -> Answer {
     let cursor = control.cursor();
-    let (_, warnings) = control.clear_space().await;
+    let (_, mut warnings) = control.clear_space().await;
+    warnings.extend(control.give_coredumps_back().await);
     let mut value = control.show_space().await;
     value["warnings"] = warnings.into();
     value["cursor"] = cursor.into();

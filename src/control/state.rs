@@ -3,15 +3,16 @@
 //! On the control thread; unmounting is done by another.
 
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{RawQuery, State};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::problem::Problem;
-use super::{Answer, OfAny, Service, Shared, Unmount, Unmounted, body, document};
+use super::{Answer, OfAny, Service, Shared, Unmount, Unmounted, body, document, helper};
 use crate::fs::arming::Life;
 use crate::fs::mount::How;
 use crate::fs::{Ended, Mode};
+use crate::host::{coredump, device};
 
 pub async fn version(State(service): OfAny) -> Answer {
     let identity = &service.identity;
@@ -54,8 +55,9 @@ fn healthy(service: &Service) -> Value {
 struct Nothing {}
 
 /// Back to an idle mount, from every state, as often as one likes.
-pub async fn reset(State(control): Shared, body: Body) -> Answer {
+pub async fn reset(State(control): Shared, RawQuery(query): RawQuery, body: Body) -> Answer {
     let Nothing {} = body::read(body).await?;
+    let all = is_all(query.as_deref())?;
     let cursor = control.cursor();
     let changed = control.core.arming.remove(|_| true);
     let removed: Vec<String> = changed.released.iter().map(|rule| rule.name.to_string()).collect();
@@ -65,6 +67,7 @@ pub async fn reset(State(control): Shared, body: Body) -> Answer {
     control.in_force(changed).await;
     control.set_mode(Mode::AllowWrites, Life::default()).await;
     let (space, mut warnings) = control.clear_space().await;
+    warnings.extend(control.give_coredumps_back().await);
     warnings.extend(unfired);
     let held = control.core.parking.take(usize::MAX, |_| true);
     let released = held.len();
@@ -72,16 +75,54 @@ pub async fn reset(State(control): Shared, body: Body) -> Answer {
     control.core.holds.forget(None);
     control.ring().change("rule", json!({"action": "reset", "rules": removed, "space": space, "released": released}));
     let mode = control.core.arming.mode().0.word();
-    let answer =
+    let mut answer =
         json!({"removed": removed, "mode": mode, "released": released, "warnings": warnings, "cursor": cursor});
+    if all {
+        control.reset_machine(&mut answer).await?;
+    }
     Ok(document(200, &answer))
 }
 
+fn is_all(query: Option<&str>) -> Result<bool, Problem> {
+    match body::query(query, &["all"])?.get("all").and_then(Value::as_str) {
+        None | Some("false") => Ok(false),
+        Some("" | "true") => Ok(true),
+        Some(other) => Err(Problem::bad_request(format!("all: {other:?} is not true or false"))),
+    }
+}
+
+impl Service {
+    /// Devices removed, coredumps where they belong: adds to an answer what there was, and what could not be undone.
+    async fn reset_machine(&self, answer: &mut Value) -> Result<(), Problem> {
+        let machine = self.machine.clone();
+        let (devices, released) = helper(move || {
+            // Coredumps first: they may lie on a device.
+            let released = coredump::release_all(&machine, coredump::TIMEOUT);
+            (device::remove_all(&machine), released)
+        })
+        .await?;
+        let mut warnings: Vec<String> =
+            answer["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_string).collect();
+        let (gone, left): (Vec<_>, Vec<_>) = devices.into_iter().partition(|(_, result)| result.is_ok());
+        warnings.extend(left.into_iter().filter_map(|(_, result)| result.err()));
+        match released {
+            Ok(released) => warnings.extend(released.warnings),
+            Err(failure) => warnings.push(format!("coredumps are not where they belong: {failure}")),
+        }
+        answer["devices"] = gone.into_iter().map(|(name, _)| name).collect::<Vec<_>>().into();
+        answer["warnings"] = warnings.into();
+        Ok(())
+    }
+}
+
 /// There is nothing of a mount's here.
-pub async fn reset_of_machine(State(service): OfAny, body: Body) -> Answer {
+pub async fn reset_of_machine(State(service): OfAny, RawQuery(query): RawQuery, body: Body) -> Answer {
     let Nothing {} = body::read(body).await?;
-    let cursor = service.cursor();
-    Ok(document(200, &json!({"warnings": [], "cursor": cursor})))
+    let mut answer = json!({"warnings": [], "cursor": service.cursor()});
+    if is_all(query.as_deref())? {
+        service.reset_machine(&mut answer).await?;
+    }
+    Ok(document(200, &answer))
 }
 
 #[derive(Deserialize)]

@@ -20,6 +20,9 @@ pub struct RuleSpec {
     /// Has a run failed in which it has not fired?
     #[serde(default)]
     pub required: bool,
+    /// Do coredumps go to the root filesystem for as long as it is armed? Nothing to the engine: who arms it sees to it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub redirect_coredumps: bool,
     #[serde(default)]
     pub r#match: MatchSpec,
     #[serde(default)]

@@ -89,6 +89,8 @@ impl Mode {
 /// How long a mode lasts, and how it comes and goes: each as it was written, and in nanoseconds.
 #[derive(Clone, Debug, Default)]
 pub struct Life {
+    /// See [`RuleSpec`].
+    pub redirect_coredumps: bool,
     pub lasts: Option<(String, u64)>,
     pub up: Option<(String, u64)>,
     pub down: Option<(String, u64)>,
@@ -384,6 +386,7 @@ fn reserved_rule(name: &str, ops: &[&str], fault: Fault, life: &Life, now_ns: u6
         name: name.into(),
         enabled: true,
         required: false,
+        redirect_coredumps: life.redirect_coredumps,
         r#match: MatchSpec { ops: ops.iter().map(ToString::to_string).collect(), ..MatchSpec::default() },
         trigger: TriggerSpec {
             r#for: text(&life.lasts),

@@ -1,21 +1,22 @@
 //! Watches over what was done to the machine: ends what has a time when that has come, whoever began it, and puts what
 //! other daemons tell on the stream of this one.
 //!
-//! The `machine` thread of each daemon. It sleeps until something in the state directory changes or a time has come.
-//! Takes the locks of the state's parts while it ends something. Must never: hold up the end of the daemon.
+//! The `machine` thread of each daemon, and a helper while something is ended, which takes the lock of its part of the
+//! state. Must never: hold up the end of the daemon.
 
+use std::cell::Cell;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use serde_json::{Map, Value, json};
 
-use super::Machine;
-use super::device;
 use super::state::StateDir;
+use super::{Machine, coredump, device};
 
 /// What daemons tell each other: lines of JSON.
 const LINES: &str = "events.jsonl";
@@ -24,8 +25,9 @@ const LARGEST: u64 = 1 << 20;
 /// How often it looks when something of the machine is changed, and when nothing is.
 const LOOK: Duration = Duration::from_millis(200);
 const REST: Duration = Duration::from_secs(1);
-/// When something is to end sooner, but cannot yet.
-const SHORTEST: Duration = Duration::from_millis(5);
+
+/// How soon it is tried again what could not be ended.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Events that are told on the streams of all daemons.
 const EVENTS: [&str; 2] = ["device", "coredump"];
@@ -66,16 +68,53 @@ impl Guard {
     }
 }
 
+/// What has its times: how long until the next one, and what to do then. Which of two daemons does it is theirs to settle.
+struct Part {
+    due: fn(&Machine) -> Option<Duration>,
+    expire: fn(&Machine),
+    /// Is a thread of this daemon at it?
+    busy: Arc<AtomicBool>,
+    begun: Cell<Option<Instant>>,
+}
+
+impl Part {
+    fn new(due: fn(&Machine) -> Option<Duration>, expire: fn(&Machine)) -> Part {
+        Part { due, expire, busy: Arc::default(), begun: Cell::default() }
+    }
+
+    /// Ends what has to end, on a thread of its own: a tool that hangs holds up only that part.
+    fn look(&self, machine: &Arc<Machine>) -> Option<Duration> {
+        let due = (self.due)(machine)?;
+        let rests = self.begun.get().is_some_and(|begun| begun.elapsed() < AGAIN);
+        if due.is_zero() && !rests && !self.busy.swap(true, AcqRel) {
+            self.begun.set(Some(Instant::now()));
+            let (machine, busy, expire) = (machine.clone(), self.busy.clone(), self.expire);
+            let ending = move || {
+                expire(&machine);
+                busy.store(false, Release);
+                let _ = machine.poke.try_send(());
+            };
+            if let Err(error) = std::thread::Builder::new().name("helper".into()).spawn(ending) {
+                self.busy.store(false, Release);
+                tracing::error!(%error, "what has come to its end cannot be ended");
+            }
+        }
+        Some(if due.is_zero() { LOOK } else { due })
+    }
+}
+
 /// Runs until the other end of `stop` is dropped.
-fn run(machine: &Machine, stop: &Receiver<()>, keep: &dyn Fn()) {
+fn run(machine: &Arc<Machine>, stop: &Receiver<()>, keep: &dyn Fn()) {
     let mut others = Others::from_now(machine);
+    let parts = [Part::new(device::due, device::expire), Part::new(coredump::due, coredump::expire)];
+    coredump::check_root(machine);
     loop {
         others.tell(machine);
         let mut pause = REST;
         if machine.is_changed() {
             keep();
-            let next = device::expire(machine);
-            pause = next.map_or(LOOK, |next| next.clamp(SHORTEST, LOOK));
+            let next = parts.iter().filter_map(|part| part.look(machine)).min();
+            pause = next.map_or(LOOK, |next| next.min(LOOK));
         }
         select! {
             recv(stop) -> _ => return,
@@ -105,6 +144,8 @@ impl Others {
             self.file = File::open(lines_file(&machine.state)).ok();
         }
         let Some(file) = &mut self.file else { return };
+        // Before the last look at its end: then nobody has written there since.
+        let was_renamed = was_renamed(file, &lines_file(&machine.state));
         let _ = file.read_to_end(&mut self.rest);
         while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = self.rest.drain(..=end).collect();
@@ -112,7 +153,7 @@ impl Others {
                 machine.ring.change(event, detail);
             }
         }
-        if was_renamed(file, &lines_file(&machine.state)) {
+        if was_renamed {
             self.file = None;
             self.rest.clear();
         }

@@ -7,6 +7,7 @@
 //! thread itself, for tools are run and waited for. Takes the locks of [`state`]. Must never: touch what no state file
 //! names as ours, nor change anything before the file that undoes it is written.
 
+pub mod coredump;
 pub mod device;
 pub mod guard;
 pub mod state;
@@ -41,7 +42,12 @@ impl Machine {
 
     /// Is anything of this machine changed by us, and has to be undone one day?
     pub fn is_changed(&self) -> bool {
-        self.state.has_any("devices") || self.state.has_any("coredump")
+        self.state.has_any(device::PART) || coredump::is_pending(self)
+    }
+
+    /// That of a program that has no stream of its own: it tells the daemons that there are.
+    pub fn alone(author: &str, state: StateDir) -> Machine {
+        Machine::new(Arc::new(Ring::default()), author, state)
     }
 
     /// An event, on the stream of this daemon at once and on those of the others soon.

@@ -10,6 +10,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use serde::de::DeserializeOwned;
@@ -52,25 +53,25 @@ impl StateDir {
     pub fn part(&self, name: &str) -> io::Result<Part> {
         let until = Instant::now() + PATIENCE;
         loop {
-            match self.part_now(name) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
-                    std::thread::sleep(TRY_AGAIN);
-                }
-                other => return other,
+            match self.try_part(name)? {
+                Some(part) => return Ok(part),
+                None if Instant::now() >= until => return Err(Errno::EWOULDBLOCK.into()),
+                None => std::thread::sleep(TRY_AGAIN),
             }
         }
     }
 
-    /// The same without waiting.
+    /// The same without waiting: none when another operation holds it.
     ///
     /// # Errors
-    /// `WouldBlock` when another operation holds it.
-    pub fn part_now(&self, name: &str) -> io::Result<Part> {
+    /// When its directory cannot be made.
+    pub fn try_part(&self, name: &str) -> io::Result<Option<Part>> {
         let dir = self.0.join(name);
         fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir)?;
         let file = OpenOptions::new().create(true).truncate(false).write(true).open(dir.join(".lock"))?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Part { _lock: lock, dir }),
+            Ok(lock) => Ok(Some(Part { _lock: lock, dir })),
+            Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => Ok(None),
             Err((_, errno)) => Err(errno.into()),
         }
     }
@@ -222,6 +223,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::new(dir.path());
         let held = state.part("devices").unwrap();
+        assert!(state.try_part("devices").unwrap().is_none());
         let _other = state.part("coredump").unwrap();
         let waiting = std::thread::spawn(move || state.part("devices").map(drop));
         std::thread::sleep(Duration::from_millis(100));

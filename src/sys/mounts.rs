@@ -28,10 +28,11 @@ pub const SOURCE: &str = "nemesisfs:";
 /// One line of the mount table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
-    /// The numbers of its device; the minor one is the number of a FUSE connection.
-    pub major: u32,
+    /// The minor number of its device, which is the number of a FUSE connection.
     pub minor: u32,
-    /// What of the filesystem is there: `/`, or of a bind mount the directory.
+    /// The number of its filesystem, as `8:1`: one for all its mounts, and for all subvolumes of a btrfs.
+    pub device: String,
+    /// Which directory of the filesystem is seen there. Of a bind mount it is seldom `/`.
     pub root: PathBuf,
     pub mountpoint: PathBuf,
     /// Its own options, without those of the filesystem.
@@ -70,16 +71,22 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let dash = words.iter().position(|word| *word == b"-")?;
     let text = |word: &[u8]| String::from_utf8_lossy(&unescape(word)).into_owned();
     let device = text(words.get(2)?);
-    let (major, minor) = device.split_once(':')?;
     Some(Mount {
-        major: major.parse().ok()?,
-        minor: minor.parse().ok()?,
+        minor: device.split_once(':')?.1.parse().ok()?,
         root: OsString::from_vec(unescape(words.get(3)?)).into(),
         mountpoint: OsString::from_vec(unescape(words.get(4)?)).into(),
         options: text(words.get(5)?),
         filesystem: text(words.get(dash + 1)?),
         source: text(words.get(dash + 2)?),
+        device,
     })
+}
+
+/// The mount by which a resolved absolute path is reached: of the nearest mountpoint above it the uppermost.
+pub fn holding<'m>(mounts: &'m [Mount], path: &Path) -> Option<&'m Mount> {
+    let above = mounts.iter().filter(|mount| path.starts_with(&mount.mountpoint));
+    // Of equals the last one, which was mounted last.
+    above.max_by_key(|mount| mount.mountpoint.as_os_str().len())
 }
 
 /// The kernel writes space, tab, newline and backslash as three octal digits.
@@ -149,7 +156,8 @@ pub fn is_disconnected(mountpoint: &Path) -> bool {
     let (answer, asked) = mpsc::channel();
     let path = mountpoint.to_owned();
     std::thread::spawn(move || {
-        let _ = answer.send(nix::sys::stat::lstat(&path).err());
+        // Attributes may be cached for a second after the daemon's death; this is always asked.
+        let _ = answer.send(nix::sys::statfs::statfs(&path).err());
     });
     matches!(asked.recv_timeout(Duration::from_secs(2)), Ok(Some(Errno::ENOTCONN)))
 }
@@ -179,8 +187,18 @@ mod tests {
         let mounts = parse(TABLE.as_bytes());
         assert_eq!(mounts.iter().map(Mount::instance).collect::<Vec<_>>(), [None, Some("n1"), None]);
         assert_eq!(mounts[1].mountpoint, Path::new("/mnt/with space"));
-        assert_eq!((mounts[1].major, mounts[1].minor), (0, 57));
+        assert_eq!(mounts[1].minor, 57);
         assert_eq!((mounts[1].root.as_path(), mounts[1].options.as_str()), (Path::new("/"), "rw,nosuid"));
+    }
+
+    #[test]
+    fn a_path_is_reached_by_the_last_mount_on_the_nearest_mountpoint_above_it() {
+        let stacked = format!("{TABLE}92 22 8:1 /else /mnt/b rw - ext4 /dev/sda1 rw\n");
+        let mounts = parse(stacked.as_bytes());
+        let reached =
+            |path: &str| holding(&mounts, Path::new(path)).map(|mount| (&*mount.device, mount.root.as_path()));
+        assert_eq!(reached("/mnt/b/c"), Some(("8:1", Path::new("/else"))));
+        assert_eq!(reached("/mnt/bc"), Some(("8:1", Path::new("/"))));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::support::{Mounted, PROGRAM, Said, eventually, is_alive};
+use crate::support::{Mounted, Said, eventually, executable, is_alive};
 
 /// A run directory, and the daemon that may live in it.
 struct Place(tempfile::TempDir);
@@ -45,7 +45,7 @@ impl Drop for Place {
 }
 
 fn run_in(run_dir: &Path, words: &[&str]) -> Said {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(executable());
     command.args(words).env("NEMESISFS_RUNDIR", run_dir).env_remove("NEMESISFS_HOST");
     command.output().expect("the program runs").into()
 }

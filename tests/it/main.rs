@@ -6,14 +6,15 @@
 //! that the kernel serves; [`rules`] rules through the socket and their counting; [`faults`] what a program sees of each
 //! fault; [`shapes`] what it sees of each kind, call by call, by [`calls`]; [`engine`] which requests a rule meets and fires on;
 //! [`kinds`] what real programs say of each kind; [`sweep`] the fault at every point; [`parking`] delayed and stalled requests; [`space`] capacity;
-//! [`events`] the stream; [`machine`] the daemon without a mount; [`input`] bad input; [`databases`] published outcomes with real databases; [`docs`] that the
-//! documents are true; [`houses`] rules about the code itself;
+//! [`events`] the stream; [`machine`] the daemon without a mount; [`redirect`] coredumps that go elsewhere; [`input`] bad
+//! input; [`databases`] published outcomes with real databases; [`docs`] that the documents are true; [`houses`] rules about the code itself;
 //! [`seeds`] what the fuzz targets begin with. For the guests of `tools/lab`, and ignored elsewhere: [`devices`] of the device
 //! mapper; [`cores`] as systemd-coredump stores them. Each test ends with [`support::Mounted::end`].
 
 mod alive;
 mod calls;
 mod cores;
+mod crashes;
 mod databases;
 mod devices;
 mod docs;
@@ -30,6 +31,7 @@ mod model;
 mod mount;
 mod parking;
 mod passthrough;
+mod redirect;
 mod rules;
 mod seeds;
 mod shapes;

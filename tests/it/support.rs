@@ -160,12 +160,18 @@ impl Mounted {
 
     fn run<'a>(&self, program: &str, words: impl Iterator<Item = &'a str>, paths: &[&Path]) -> Said {
         let mut command = Command::new(program);
-        command.args(words).args(paths).env("NEMESISFS_RUNDIR", self.run_dir()).env_remove("NEMESISFS_HOST");
+        command.args(words).args(paths).env_remove("NEMESISFS_HOST");
+        command.env("NEMESISFS_RUNDIR", self.run_dir()).env("NEMESISFS_STATEDIR", self.state_dir());
         command.output().expect("the program runs").into()
     }
 
     pub fn run_dir(&self) -> PathBuf {
         self.dir.path().join("run")
+    }
+
+    /// Where its daemon writes what it does to the machine.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
     }
 
     /// A directory beside the mount, for what a test needs elsewhere.

@@ -16,6 +16,7 @@ const FIELDS: &[&str] = &[
     "name",
     "enabled",
     "required",
+    "redirect_coredumps",
     "match",
     "trigger",
     "fault",

@@ -15,9 +15,6 @@ use super::{Job, PART, Refused, duration, filesystem, invalid, remove};
 use crate::host::Machine;
 use crate::host::state::Deadline;
 
-/// How long nothing else is tried with a device whose time has passed and that cannot be changed back.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
-
 /// # Errors
 /// With the place of what makes no sense, what the kernel lacks, or what dmsetup said; then it is as it was.
 pub fn set_mode(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Value, Refused> {
@@ -114,36 +111,23 @@ pub(super) fn go_on(job: &mut Job, record: &mut Record) -> Result<(), Refused> {
     job.save(record)
 }
 
-/// Ends what has a time when that has come, and takes back devices whose making was broken off, whoever began it. Gives how
-/// long until something else is to end.
-pub fn expire(machine: &Machine) -> Option<Duration> {
-    // Nothing to do is the rule, and costs no lock.
-    let due = machine.state.peek::<Record>(PART).iter().filter_map(left).min()?;
-    if !due.is_zero() {
-        return Some(due);
-    }
+/// How long until something of a device is to end. Zero is now.
+pub fn due(machine: &Machine) -> Option<Duration> {
+    machine.state.peek::<Record>(PART).iter().filter_map(left).min()
+}
+
+/// Ends what has a time when that has come, and takes back devices whose making was broken off, whoever began it.
+pub fn expire(machine: &Machine) {
     // Somebody is at it, perhaps making what seems half made.
-    let Ok(part) = machine.state.part_now(PART) else { return Some(TRY_AGAIN) };
+    let Ok(Some(part)) = machine.state.try_part(PART) else { return };
     let mut job = Job::on(machine, part);
     let records: Vec<Record> = job.part.all();
-    let mut next: Option<Duration> = None;
-    for record in records {
-        let left = match left(&record) {
-            Some(left) if left.is_zero() => {
-                let name = record.name.clone();
-                match end(&mut job, record) {
-                    Ok(left) => left,
-                    Err(error) => {
-                        tracing::error!(device = name, %error, "what has come to its end cannot be ended");
-                        Some(TRY_AGAIN)
-                    }
-                }
-            }
-            left => left,
-        };
-        next = [next, left].into_iter().flatten().min();
+    for record in records.into_iter().filter(|record| left(record).is_some_and(|left| left.is_zero())) {
+        let name = record.name.clone();
+        if let Err(error) = end(&mut job, record) {
+            tracing::error!(device = name, %error, "what has come to its end cannot be ended");
+        }
     }
-    next
 }
 
 /// How long until there is something to end. A device that is half made has nobody who makes it, if its lock can be had.
@@ -158,11 +142,11 @@ fn left(record: &Record) -> Option<Duration> {
     [record.until.as_ref(), stall].into_iter().flatten().map(Deadline::left).min()
 }
 
-fn end(job: &mut Job, mut record: Record) -> Result<Option<Duration>, Refused> {
+fn end(job: &mut Job, mut record: Record) -> Result<(), Refused> {
     if record.stage == Stage::Creating {
         remove::take_back(job, record.clone(), false)?;
         job.tell(&record, "taken_back");
-        return Ok(None);
+        return Ok(());
     }
     if record.stall.as_ref().and_then(|stall| stall.until.as_ref()).is_some_and(Deadline::has_passed) {
         go_on(job, &mut record)?;
@@ -177,5 +161,5 @@ fn end(job: &mut Job, mut record: Record) -> Result<Option<Duration>, Refused> {
         job.save(&record)?;
         job.tell_more(&record, "expired", json!({"was": old.text()}));
     }
-    Ok(left(&record))
+    Ok(())
 }

@@ -234,9 +234,9 @@ fn in_nobodys_use(device: &Path, rdev: u64) -> Result<(), Refused> {
     match opened {
         Ok(_) => Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-            let numbers = (nix::sys::stat::major(rdev) as u32, nix::sys::stat::minor(rdev) as u32);
+            let numbers = format!("{}:{}", nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
             let mounts = mounts::all().unwrap_or_default();
-            let at = mounts.iter().find(|mount| (mount.major, mount.minor) == numbers);
+            let at = mounts.iter().find(|mount| mount.device == numbers);
             let by = at.map_or("by a mount, a mapping, an array or swap".to_string(), |mount| {
                 format!("mounted at {}", mount.mountpoint.display())
             });

@@ -70,10 +70,8 @@ pub fn make(tools: &mut Tools, definition: &Definition, device: &Path) -> Result
 /// Where its filesystem is mounted, the first mount first. A mount of btrfs has numbers of its own.
 pub fn mounts_of(record: &Record, mapping: &Mapping) -> Vec<Mount> {
     let names = [record.device(), mapping.node.clone()];
-    let is_its = |mount: &Mount| {
-        (mount.major, mount.minor) == (mapping.major, mapping.minor)
-            || names.iter().any(|name| name == Path::new(&mount.source))
-    };
+    let numbers = format!("{}:{}", mapping.major, mapping.minor);
+    let is_its = |mount: &Mount| mount.device == numbers || names.iter().any(|name| name == Path::new(&mount.source));
     mounts::all().unwrap_or_default().into_iter().filter(is_its).collect()
 }
 

@@ -36,7 +36,7 @@ use super::tool::{ToolError, Tools};
 use crate::fault::compile::Problem;
 
 pub use asked::Asked;
-pub use change::{AskedStall, expire, resume, set_mode, suspend};
+pub use change::{AskedStall, due, expire, resume, set_mode, suspend};
 pub use create::create;
 pub use cut::{AskedCut, cut};
 pub use remove::{remove, remove_all};
@@ -46,7 +46,7 @@ pub use show::{all, one};
 use record::Record;
 
 /// The part of the state that holds the records.
-const PART: &str = "devices";
+pub(super) const PART: &str = "devices";
 
 /// What kind of no it is.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,0 +1,551 @@
+//! Leases: who wants cores to go elsewhere, and until when. The first takes, the last gives back.
+//!
+//! On helper threads and the `machine` thread. Holds the lock of the part while it switches, not while cores are brought
+//! home. Must never: tell a lease as taken that is not in force.
+
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+
+use super::book::{self, Away, Book, Lease, Means, Stage, Switch, milliseconds};
+use super::choice::{Choice, choose};
+use super::failure::{Failure, Kind, about};
+use super::found::{self, Found, Ground, Hindrance};
+use super::room::{Room, resolved};
+use super::steps::{self, What};
+use super::switch::{Place, Steps, is_done, place};
+use super::{By, EVENT, LIFE, NEED, OnLow, PATIENCE, Released, Taken, Wanted, flight, home};
+use crate::event::record::rfc3339;
+use crate::host::Machine;
+use crate::host::state::{Deadline, Part, boot, is_name};
+use crate::host::tool::Tools;
+use crate::sys::mounts;
+
+/// How soon what could not be undone is tried again.
+const AGAIN: Duration = Duration::from_secs(5);
+/// How long the `machine` thread waits for cores in flight; it comes again.
+const BRIEFLY: Duration = Duration::from_secs(2);
+/// How soon it comes again when another one is at it.
+const SOON: Duration = Duration::from_secs(1);
+
+/// Takes a lease, or renews it: from the return on cores go elsewhere, or have no need to.
+///
+/// # Errors
+/// With what is in the way; then nothing was changed.
+pub fn redirect(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+    Leases::of(machine).redirect(name, wanted)
+}
+
+/// Lets a lease that is there last longer.
+///
+/// # Errors
+/// When there is none, and as [`redirect`].
+pub fn renew(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+    let there = book::peek(&machine.state).lease(name).is_some_and(|lease| !lease.until.has_passed());
+    if !there {
+        let failure = Failure::new(Kind::NotFound, format!("there is no lease {name:?}"));
+        return Err(failure.hint("it may have ended: `nemesisfs coredump status` lists those that there are"));
+    }
+    redirect(machine, name, wanted)
+}
+
+/// Gives a lease back; that there is none is no error. Who gives back the last one restores.
+///
+/// # Errors
+/// When the state cannot be read, or an agent does not answer. That something is in the way of restoring is no error:
+/// it is told, and tried again by [`expire`].
+pub fn release(machine: &Machine, name: &str, timeout: Duration) -> Result<Released, Failure> {
+    Leases::of(machine).release(Some(name), timeout)
+}
+
+/// Gives all leases back, whoever has taken them.
+///
+/// # Errors
+/// As [`release`].
+pub fn release_all(machine: &Machine, timeout: Duration) -> Result<Released, Failure> {
+    Leases::of(machine).release(None, timeout)
+}
+
+/// How long until there is something to do that nobody asks for. Zero is now.
+pub fn due(machine: &Machine) -> Option<Duration> {
+    book::peek(&machine.state).due()
+}
+
+/// Do cores go elsewhere, or is there anything left to do about that?
+pub fn is_pending(machine: &Machine) -> bool {
+    let book = book::peek(&machine.state);
+    book.switch.is_some() || book.due().is_some()
+}
+
+/// Ends leases whose time has come, undoes what nobody wants any more, whoever has begun it, and brings cores home.
+pub fn expire(machine: &Machine) {
+    Leases::of(machine).expire();
+}
+
+/// Is there room where cores would be redirected to? Tells if not. For the start of a daemon: none where cores would not
+/// be redirected.
+pub fn check_root(machine: &Machine) -> Option<Room> {
+    Leases::of(machine).check_root()
+}
+
+/// All that is known.
+///
+/// # Errors
+/// When the system cannot be read.
+pub fn status(machine: &Machine) -> Result<Value, Failure> {
+    Leases::of(machine).status()
+}
+
+/// One lease, if it lives.
+pub fn lease(machine: &Machine, name: &str) -> Option<Value> {
+    let book = book::peek(&machine.state);
+    book.lease(name).filter(|lease| !lease.until.has_passed()).map(Lease::json)
+}
+
+/// Can this process change where cores go?
+///
+/// # Errors
+/// With what hinders it.
+pub fn may_act() -> Result<(), Failure> {
+    match found::hindrance(&Ground::default()) {
+        None => Ok(()),
+        Some(Hindrance::Privilege(why)) => {
+            Err(Failure::unsupported(format!("running {why}, it cannot change where cores go")))
+        }
+        Some(Hindrance::Container(why)) => {
+            let detail = format!("in {why}, it cannot change where cores go");
+            Err(Failure::unsupported(detail).hint("run it on the node itself, in no container"))
+        }
+    }
+}
+
+pub(super) struct Leases<'a> {
+    machine: &'a Machine,
+    ground: Ground,
+}
+
+impl<'a> Leases<'a> {
+    pub fn of(machine: &'a Machine) -> Leases<'a> {
+        Leases { machine, ground: Ground::default() }
+    }
+
+    #[cfg(test)]
+    pub fn on(machine: &'a Machine, ground: Ground) -> Leases<'a> {
+        Leases { machine, ground }
+    }
+
+    fn tell(&self, detail: Value) {
+        self.machine.tell(EVENT, detail);
+    }
+
+    fn steps(&self, patience: Duration) -> Steps<'_> {
+        Steps { machine: self.machine, ground: &self.ground, tools: Tools::default(), patience }
+    }
+
+    pub fn redirect(&self, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+        check(name, wanted)?;
+        match found::hindrance(&self.ground) {
+            _ if wanted.by == By::Agent => self.ask_to_redirect(name, wanted),
+            Some(Hindrance::Container(why)) => self.ask_to_redirect(name, wanted).map(|mut taken| {
+                taken.how = format!("{} (we are in {why})", taken.how);
+                taken
+            }),
+            Some(Hindrance::Privilege(why)) => Err(no_privilege(why)),
+            None => self.redirect_here(name, wanted),
+        }
+    }
+
+    fn redirect_here(&self, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+        let part = book::lock(self.machine)?;
+        let mut book = Book::read(&part)?;
+        self.drop_expired(&mut book);
+        let mut steps = self.steps(wanted.patience);
+        self.forget_broken(&mut book, &mut steps, &part)?;
+        let renewed = book.lease(name).is_some();
+        let mut warnings = Vec::new();
+        let (redirected, how, found) = match &book.switch {
+            Some(switch) => {
+                if wanted.to.as_ref().is_some_and(|to| resolved(to) != switch.fallback) {
+                    warnings.push(format!("cores go to {} already, for another lease", switch.fallback.display()));
+                }
+                (true, switch.how.clone(), switch.found.clone())
+            }
+            None => self.take(&mut book, name, wanted, &mut steps, &part)?,
+        };
+        let fallback = book.switch.as_ref().map(|switch| switch.fallback.clone());
+        let room = fallback.map(|dir| Room::look(&dir, wanted.need)).transpose()?;
+        let lease = write_lease(&mut book, name, wanted, false);
+        if let Some(switch) = &mut book.switch {
+            (switch.stage, switch.trouble, switch.again) = (Stage::Taken, None, None);
+        }
+        book.write(&part)?;
+        let remaining_ms = milliseconds(lease.until.left());
+        if !renewed {
+            let owner = &lease.owner;
+            let taken = json!({"action": "taken", "lease": name, "owner": owner, "for_ms": lease.life_ms,
+                "redirected": redirected, "how": how});
+            self.tell(taken);
+        }
+        warnings.extend(room.as_ref().and_then(Room::complaint));
+        let commands = steps.tools.lines;
+        Ok(Taken { lease: name.into(), renewed, remaining_ms, redirected, how, found, room, commands, warnings })
+    }
+
+    /// What was switched and is not in force: somebody has undone it, it was done half, or the machine has booted since.
+    fn forget_broken(&self, book: &mut Book, steps: &mut Steps, part: &Part) -> Result<(), Failure> {
+        let Some(switch) = &book.switch else { return Ok(()) };
+        if switch.boot == boot() && is_done(&self.ground, &switch.means) {
+            return Ok(());
+        }
+        let in_the_way =
+            |reason: String| Failure::conflict(reason).hint("`nemesisfs coredump status` shows what is there");
+        steps.give_back(switch).map_err(in_the_way)?;
+        self.put_away(book);
+        book.write(part)
+    }
+
+    /// The first lease: looks, chooses, checks, and switches. The lease is in the book before anything is done, so that it
+    /// is ended if we are killed.
+    fn take(
+        &self,
+        book: &mut Book,
+        name: &str,
+        wanted: &Wanted,
+        steps: &mut Steps,
+        part: &Part,
+    ) -> Result<(bool, String, Value), Failure> {
+        let found = self.look()?;
+        let fallback = self.fallback(&found, wanted);
+        let fills: Vec<PathBuf> = wanted.fills.iter().map(|path| resolved(path)).collect();
+        let choice = choose(&found, &fallback, &fills, &table()?)?;
+        if let Choice::Nothing { why } = &choice {
+            return Ok((false, why.clone(), found.json()));
+        }
+        self.check_room(&fallback, wanted)?;
+        make(&fallback, &found)?;
+        let switch = planned(name, &found, &choice, fallback)?;
+        let how = switch.how.clone();
+        book.switch = Some(switch.clone());
+        write_lease(book, name, wanted, false);
+        book.write(part)?;
+        self.tell(json!({"action": "redirecting", "lease": name, "how": how, "found": found.json()}));
+        if let Err(failure) = steps.take(&switch) {
+            self.tell(json!({"action": "failed", "lease": name, "error": failure.to_string()}));
+            book.leases.retain(|lease| lease.name != name);
+            self.undo(book, steps, part)?;
+            return Err(failure);
+        }
+        self.tell(json!({"action": "redirected", "lease": name, "to": switch.fallback, "how": how}));
+        Ok((true, how, found.json()))
+    }
+
+    fn look(&self) -> Result<Found, Failure> {
+        let switch = book::peek(&self.machine.state).switch;
+        let ours = |mount: &mounts::Mount| switch.as_ref().is_some_and(|switch| switch.means.is(mount));
+        Found::look(&self.ground, ours).map_err(|error| about(&self.ground.pattern, &error))
+    }
+
+    /// Where cores are to go: a directory of ours for each core directory, with a name that tells whose cores are in it.
+    fn fallback(&self, found: &Found, wanted: &Wanted) -> PathBuf {
+        if let Some(to) = &wanted.to {
+            return resolved(to);
+        }
+        let of = found.directory.as_deref().map(|dir| dir.to_string_lossy().trim_matches('/').replace('/', "-"));
+        let name = of.filter(|name| !name.is_empty()).unwrap_or_else(|| "working-directories".into());
+        resolved(&self.machine.state.path().join("cores").join(name))
+    }
+
+    fn check_room(&self, fallback: &Path, wanted: &Wanted) -> Result<(), Failure> {
+        let room = Room::look(fallback, wanted.need)?;
+        let Some(complaint) = room.complaint() else { return Ok(()) };
+        self.machine.ring.change(super::EVENT, json!({"action": "low", "room": room}));
+        match wanted.on_low {
+            OnLow::Warn => Ok(()),
+            OnLow::Refuse => Err(Failure::conflict(complaint).hint("--need SIZE, --to DIR, or --on-low warn")),
+        }
+    }
+
+    fn ask_to_redirect(&self, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+        let life = match wanted.life {
+            Some(life) => life,
+            None => self.former_life(name),
+        };
+        let answer = steps::ask(self.machine, What::Redirect, name, life, wanted.timeout)?;
+        let part = book::lock(self.machine)?;
+        let mut book = Book::read(&part)?;
+        let renewed = book.lease(name).is_some();
+        let lease = write_lease(&mut book, name, wanted, true);
+        book.write(&part)?;
+        Ok(Taken {
+            lease: name.into(),
+            renewed,
+            remaining_ms: milliseconds(lease.until.left()),
+            redirected: answer.redirected,
+            how: answer.said,
+            found: Value::Null,
+            room: None,
+            commands: answer.commands,
+            warnings: Vec::new(),
+        })
+    }
+
+    fn former_life(&self, name: &str) -> Duration {
+        let book = book::peek(&self.machine.state);
+        book.lease(name).map_or(LIFE, |lease| Duration::from_millis(lease.life_ms))
+    }
+
+    pub fn release(&self, name: Option<&str>, timeout: Duration) -> Result<Released, Failure> {
+        let part = book::lock(self.machine)?;
+        let mut book = Book::read(&part)?;
+        self.drop_expired(&mut book);
+        let (gone, left): (Vec<Lease>, _) =
+            book.leases.drain(..).partition(|lease| name.is_none_or(|name| lease.name == name));
+        book.leases = left;
+        book.write(&part)?;
+        for lease in &gone {
+            self.tell(json!({"action": "released", "lease": lease.name}));
+        }
+        let mut released = Released { released: !gone.is_empty(), ..Released::default() };
+        if !book.is_wanted() {
+            let mut steps = self.steps(PATIENCE);
+            released.warnings = self.undo(&mut book, &mut steps, &part)?;
+            released.commands = steps.tools.lines;
+        }
+        released.restored = book.switch.is_none();
+        released.leases = book.leases.iter().map(|lease| lease.name.clone()).collect();
+        drop(part);
+        let carried = home::carry(self.machine);
+        (released.brought_home, released.away) = (carried.home, carried.away);
+        released.warnings.extend(carried.warnings);
+        for lease in gone.iter().filter(|lease| lease.by_agent) {
+            let answer = steps::ask(self.machine, What::Restore, &lease.name, Duration::ZERO, timeout)?;
+            released.commands.extend(answer.commands);
+        }
+        Ok(released)
+    }
+
+    /// Restores, if anything was switched. What is in the way is written down, told, and tried again later. Gives warnings.
+    fn undo(&self, book: &mut Book, steps: &mut Steps, part: &Part) -> Result<Vec<String>, Failure> {
+        let Some(switch) = &mut book.switch else { return Ok(Vec::new()) };
+        switch.stage = Stage::GivingBack;
+        let switch = switch.clone();
+        book.write(part)?;
+        match steps.give_back(&switch) {
+            Ok(warnings) => {
+                self.put_away(book);
+                book.write(part)?;
+                self.tell(json!({"action": "restored", "means": switch.means.word(), "warnings": warnings}));
+                Ok(warnings)
+            }
+            Err(trouble) => {
+                let known = switch.trouble.as_ref() == Some(&trouble);
+                if let Some(switch) = &mut book.switch {
+                    switch.again = Some(Deadline::after(AGAIN));
+                    switch.trouble = Some(trouble.clone());
+                }
+                book.write(part)?;
+                if !known {
+                    self.tell(json!({"action": "not_restored", "error": trouble, "again_ms": milliseconds(AGAIN)}));
+                }
+                Ok(vec![format!("not restored yet: {trouble}; tried again until it is done")])
+            }
+        }
+    }
+
+    /// The switch is undone; what was written meanwhile is still there.
+    fn put_away(&self, book: &mut Book) {
+        let Some(switch) = book.switch.take() else { return };
+        let mounted = matches!(switch.means, Means::Bind { mounted: true, .. });
+        let away = Away { dir: switch.fallback, home: switch.means.home(), mounted, again: None };
+        if !home::has_cores(&away.dir) {
+            home::remove_if_ours(self.machine, &away.dir);
+        } else if book.away.iter().all(|known| known.dir != away.dir || known.home != away.home) {
+            book.away.push(away);
+        }
+    }
+
+    fn drop_expired(&self, book: &mut Book) {
+        for lease in book.take_expired() {
+            self.tell(json!({"action": "expired", "lease": lease.name, "owner": lease.owner}));
+        }
+    }
+
+    pub fn expire(&self) -> Option<Duration> {
+        let wait = book::peek(&self.machine.state).due()?;
+        if !wait.is_zero() {
+            return Some(wait);
+        }
+        match self.heal() {
+            Ok(next) => next,
+            Err(failure) => {
+                tracing::error!(%failure, "coredumps are not where they were");
+                Some(AGAIN)
+            }
+        }
+    }
+
+    fn heal(&self) -> Result<Option<Duration>, Failure> {
+        let cannot = |error: std::io::Error| about(self.machine.state.path(), &error);
+        let Some(part) = self.machine.state.try_part(book::PART).map_err(cannot)? else { return Ok(Some(SOON)) };
+        let mut book = Book::read(&part)?;
+        let before = book.leases.len();
+        self.drop_expired(&mut book);
+        if book.leases.len() != before {
+            book.write(&part)?;
+        }
+        if let Some(switch) = book.switch.clone() {
+            // Nobody is at it, for the lock is ours: who was has been killed, and nobody was told that it is in force.
+            let half_done = switch.stage == Stage::Taking;
+            book.leases.retain(|lease| !half_done || lease.name != switch.lease);
+            let due = switch.again.as_ref().is_none_or(Deadline::has_passed);
+            if due && (half_done || !book.is_wanted() || switch.boot != boot()) {
+                self.undo(&mut book, &mut self.steps(BRIEFLY), &part)?;
+            }
+        }
+        drop(part);
+        home::carry(self.machine);
+        Ok(book::peek(&self.machine.state).due())
+    }
+
+    fn check_root(&self) -> Option<Room> {
+        let found = self.look().ok()?;
+        if found::hindrance(&self.ground).is_some() {
+            return None;
+        }
+        let fallback = self.fallback(&found, &Wanted::default());
+        let choice = choose(&found, &fallback, &[], &table().ok()?).ok()?;
+        let room = Room::look(&fallback, NEED).ok().filter(|_| !matches!(choice, Choice::Nothing { .. }))?;
+        if let Some(complaint) = room.complaint() {
+            tracing::warn!("{complaint}");
+            self.machine.ring.change(super::EVENT, json!({"action": "low", "room": room}));
+        }
+        Some(room)
+    }
+
+    fn status(&self) -> Result<Value, Failure> {
+        let book = book::peek(&self.machine.state);
+        let found = self.look()?;
+        let fallback = book.switch.as_ref().map(|switch| switch.fallback.clone());
+        let fallback = fallback.unwrap_or_else(|| self.fallback(&found, &Wanted::default()));
+        let choice = match choose(&found, &fallback, &[], &table()?) {
+            Ok(choice) => choice.json(),
+            Err(failure) => json!({"means": null, "refused": failure.to_string()}),
+        };
+        let in_force = book.switch.as_ref().map(|switch| is_done(&self.ground, &switch.means));
+        let covered = book.switch.as_ref().is_some_and(|switch| matches!(place(&switch.means), Ok(Place::Covered(_))));
+        let away: Vec<Value> = book.away.iter().map(|away| json!({"dir": away.dir, "home": away.home})).collect();
+        let hindrance = match found::hindrance(&self.ground) {
+            None => Value::Null,
+            Some(Hindrance::Privilege(why)) => why.into(),
+            Some(Hindrance::Container(why)) => format!("in {why}: an agent on the node is asked").into(),
+        };
+        Ok(json!({
+            "redirected": in_force.unwrap_or(false), "covered": covered, "found": found.json(), "text": found.text(),
+            "would": choice, "hindrance": hindrance, "switch": book.switch.as_ref().map(Switch::json),
+            "leases": book.leases.iter().map(Lease::json).collect::<Vec<_>>(), "away": away,
+            "room": Room::look(&fallback, NEED)?, "in_flight": flight::now(),
+        }))
+    }
+}
+
+fn table() -> Result<Vec<mounts::Mount>, Failure> {
+    mounts::all().map_err(|error| about(Path::new("/proc/self/mountinfo"), &error))
+}
+
+fn check(name: &str, wanted: &Wanted) -> Result<(), Failure> {
+    if !is_name(name) {
+        let failure = Failure::invalid(format!("{name:?} is no name for a lease"));
+        return Err(failure.hint("letters, digits, '.', '-' and '_', at most 64"));
+    }
+    if wanted.life.is_some_and(|life| life.is_zero()) {
+        return Err(Failure::invalid("for: a lease that ends at once is none"));
+    }
+    let paths = wanted.to.iter().map(|to| ("to", to)).chain(wanted.fills.iter().map(|path| ("fills", path)));
+    for (what, path) in paths {
+        if !path.is_absolute() {
+            return Err(Failure::invalid(format!("{what}: {} is not an absolute path", path.display())));
+        }
+        if path.exists() && what == "to" && !path.is_dir() {
+            return Err(Failure::invalid(format!("to: {} is no directory", path.display())));
+        }
+    }
+    Ok(())
+}
+
+fn no_privilege(why: &str) -> Failure {
+    let detail = format!("this daemon runs {why}, and cannot change where cores go");
+    Failure::unsupported(detail)
+        .hint("run it as root, or with --by agent and `nemesisfs coredump agent` as root on the node")
+}
+
+fn write_lease(book: &mut Book, name: &str, wanted: &Wanted, by_agent: bool) -> Lease {
+    let former = book.lease(name).cloned();
+    let life = wanted.life.or(former.as_ref().map(|lease| Duration::from_millis(lease.life_ms))).unwrap_or(LIFE);
+    let lease = Lease {
+        name: name.into(),
+        owner: wanted.owner.clone(),
+        since: former.as_ref().map_or_else(|| rfc3339(SystemTime::now()), |lease| lease.since.clone()),
+        life_ms: milliseconds(life),
+        until: Deadline::after(life),
+        by_agent,
+    };
+    book.leases.retain(|lease| lease.name != name);
+    book.leases.push(lease.clone());
+    lease
+}
+
+/// What a choice comes to, as it is written down.
+fn planned(lease: &str, found: &Found, choice: &Choice, fallback: PathBuf) -> Result<Switch, Failure> {
+    let means = match choice {
+        Choice::Bind { over, .. } => {
+            let table = table()?;
+            let none = || Failure::failed(format!("{} is on no mount", fallback.display()));
+            let mount = mounts::holding(&table, &fallback).ok_or_else(none)?;
+            let below = fallback.strip_prefix(&mount.mountpoint).unwrap_or(Path::new(""));
+            Means::Bind {
+                over: over.clone(),
+                device: mount.device.clone(),
+                // Joined with nothing, a path would end in a slash.
+                root: if below == Path::new("") { mount.root.clone() } else { mount.root.join(below) },
+                mounted: found.mounted_by.is_some(),
+            }
+        }
+        Choice::Pattern { new, .. } => Means::Pattern { old: found.pattern.clone(), new: new.clone() },
+        Choice::Nothing { why } => return Err(Failure::failed(why.clone())),
+    };
+    Ok(Switch {
+        boot: boot(),
+        lease: lease.into(),
+        stage: Stage::Taking,
+        means,
+        fallback,
+        found: found.json(),
+        how: choice.why().into(),
+        since: rfc3339(SystemTime::now()),
+        trouble: None,
+        again: None,
+    })
+}
+
+/// Makes the fallback directory, for those for whom the core directory is: with its owner and mode. Cores of a working
+/// directory are written by everybody.
+fn make(fallback: &Path, found: &Found) -> Result<(), Failure> {
+    let is_new = !fallback.exists();
+    fs::DirBuilder::new().recursive(true).mode(0o755).create(fallback).map_err(|error| about(fallback, &error))?;
+    if !is_new {
+        return Ok(());
+    }
+    let like = match &found.directory {
+        Some(directory) => {
+            let there = fs::metadata(directory).map_err(|error| about(directory, &error))?;
+            (there.uid(), there.gid(), there.mode() & 0o7777)
+        }
+        None => (0, 0, 0o1777),
+    };
+    let owned = std::os::unix::fs::chown(fallback, Some(like.0), Some(like.1));
+    let set = owned.and_then(|()| fs::set_permissions(fallback, fs::Permissions::from_mode(like.2)));
+    set.map_err(|error| about(fallback, &error))
+}

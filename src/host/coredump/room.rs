@@ -1,0 +1,56 @@
+//! How much room there is where cores are redirected to.
+//!
+//! Any thread that may wait for a disk; no locks. Must never: count what is reserved for root, which fills up last.
+
+use std::path::{Path, PathBuf};
+
+use bytesize::ByteSize;
+use nix::sys::statvfs::statvfs;
+use serde::Serialize;
+
+use super::failure::{Failure, about};
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Room {
+    pub path: PathBuf,
+    pub available: u64,
+    pub need: u64,
+    pub enough: bool,
+}
+
+impl Room {
+    /// Looks, at the directory or at the nearest one above it that exists.
+    pub fn look(dir: &Path, need: u64) -> Result<Room, Failure> {
+        let path = nearest(dir);
+        let available = available(&path).map_err(|error| about(&path, &error))?;
+        Ok(Room { path: dir.to_path_buf(), available, need, enough: available >= need })
+    }
+
+    /// For people, when it is not enough.
+    pub fn complaint(&self) -> Option<String> {
+        let size = |bytes| ByteSize::b(bytes).display().iec().to_string();
+        let path = self.path.display();
+        let text = || format!("{path} has {} free, and cores should have {}", size(self.available), size(self.need));
+        (!self.enough).then(text)
+    }
+}
+
+/// The nearest directory that exists, with symlinks followed.
+fn nearest(dir: &Path) -> PathBuf {
+    dir.ancestors().find_map(|dir| dir.canonicalize().ok()).unwrap_or_else(|| "/".into())
+}
+
+/// A path with symlinks followed, as far as it exists.
+pub fn resolved(path: &Path) -> PathBuf {
+    let there = |dir: &Path| Some((dir.canonicalize().ok()?, path.strip_prefix(dir).ok()?.to_path_buf()));
+    match path.ancestors().find_map(there) {
+        Some((dir, rest)) if rest == Path::new("") => dir,
+        Some((dir, rest)) => dir.join(rest),
+        None => path.to_path_buf(),
+    }
+}
+
+pub fn available(path: &Path) -> std::io::Result<u64> {
+    let statvfs = statvfs(path)?;
+    Ok(statvfs.blocks_available().saturating_mul(statvfs.fragment_size()))
+}
