@@ -113,6 +113,11 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     let guard = Guard::start(machine, move || machine::start_if_missing(&run_dir))
         .map_err(|error| failure(format!("no thread: {error}")))?;
     let serving = Serving::start(core, guard, mounted, listener, identity)?;
+    if let Err(reason) = serving.control.wait_until_ready() {
+        serving.end_by_signal();
+        serving.finish();
+        return Err(with_hint(reason, "no rule of --rules with redirect_coredumps, or see nemesisfs coredump status"));
+    }
     ready(&serving.ready_line());
     tracing::info!(seed = serving.core.arming.seed(), "{}", serving.ready_line());
     serving.wait(&signals);
@@ -650,14 +655,24 @@ impl Serving {
 }
 
 impl Serving {
-    /// What of this mount wanted coredumps elsewhere has ended with it.
+    /// What of this mount wanted coredumps elsewhere has ended with it. A core that is being written is not waited for here:
+    /// then the lease is given back, and whoever watches over the machine does the rest.
     fn give_coredumps_back(&self) {
-        let machine = &self.guard.machine;
+        let machine = self.guard.machine.clone();
         let lease = control::lease_of(&self.identity.instance);
-        if coredump::lease(machine, &lease).is_some()
-            && let Err(error) = coredump::release(machine, &lease, coredump::TIMEOUT)
-        {
-            tracing::error!(%error, "coredumps are not home: whoever watches over the machine tries again");
+        if coredump::lease(&machine, &lease).is_none() {
+            return;
+        }
+        let (done, given) = bounded(1);
+        let give = move || {
+            let _ = done.send(coredump::release(&machine, &lease, coredump::TIMEOUT).map(drop));
+        };
+        let giving = std::thread::Builder::new().name("helper".into()).spawn(give);
+        match giving.map(|_| given.recv_timeout(AT_IT)) {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::error!(%error, "coredumps are not home yet"),
+            Ok(Err(_)) => tracing::info!("coredumps are not home yet: one is being written, or an agent is asked"),
+            Err(error) => tracing::error!(%error, "coredumps are not home yet"),
         }
     }
 }

@@ -13,7 +13,7 @@ use bytesize::ByteSize;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
-use crate::client::{Client, ClientError, Reply, segment, with_query};
+use crate::client::{ClientError, Reply, exit, segment, with_query};
 
 use super::args::Span;
 use super::children::Children;
@@ -25,6 +25,12 @@ use super::session::{Session, World, changed, on_machine, on_only_machine, shown
 const LEASE: &str = "cli";
 /// A lease is renewed so often in its time to live.
 const RENEWALS: u32 = 3;
+/// How long another daemon is looked for when the one of a command has gone, and how often. One that was killed is started
+/// again within this.
+const ANOTHER: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(200);
+/// What a daemon says when there was nothing to give back.
+const NO_CONTENT: u16 = 204;
 
 #[derive(Debug, Subcommand)]
 pub enum CoredumpCommand {
@@ -104,7 +110,7 @@ pub fn run(world: &World, command: &CoredumpCommand) -> u8 {
             on_machine(world, &|session| redirect(session, args))
         }
         CoredumpCommand::Redirect(args) => {
-            on_only_machine(world, "coredump redirect with a command", &|s| follow(s, args))
+            on_only_machine(world, "coredump redirect with a command", &|s| follow(world, s, args))
         }
         CoredumpCommand::Renew { lease, life } => {
             on_machine(world, &|session| renew(session, &lease.lease, life.as_ref()))
@@ -166,6 +172,10 @@ fn taken(session: &Session, reply: Reply, lease: &str) -> Outcome {
     let what = if redirected { "coredumps go elsewhere" } else { "coredumps stay where they go" };
     let mut lines = vec![format!("{what}: {}", text("how"))];
     lines.extend(commands(body));
+    if body.pointer("/room/enough") == Some(&json!(true)) {
+        let place = body.pointer("/room/path").and_then(Value::as_str).unwrap_or_default();
+        lines.push(format!("room: {} available in {place}", size(body.pointer("/room/available"))));
+    }
     let ends = span(body.get("remaining_ms"));
     lines.push(format!("lease {lease}: ends in {ends}, unless it is renewed"));
     let undo = session.undo(&named("restore", lease));
@@ -206,6 +216,7 @@ fn restore(session: &Session, lease: Option<&str>) -> Result<Outcome, ClientErro
         list.map(ToOwned::to_owned).collect::<Vec<String>>()
     };
     let what = match (is("released"), is("restored")) {
+        _ if reply.status == NO_CONTENT => "there was no such lease, and nothing to do".to_owned(),
         (_, true) => "coredumps go where they went before".to_owned(),
         (true, false) => format!("given back; coredumps still go elsewhere, for {}", names("leases").join(", ")),
         (false, false) => {
@@ -237,7 +248,8 @@ fn status(body: &Value) -> Vec<String> {
             lines.extend(text("/would/refused").map(|why| format!("cannot be: {why}")));
         }
     }
-    lines.extend(text("/switch/trouble").map(|trouble| format!("not restored yet: {trouble}")));
+    let trouble = if text("/switch/stage").as_deref() == Some("taken") { "not in force" } else { "not restored yet" };
+    lines.extend(text("/switch/trouble").map(|why| format!("{trouble}: {why}")));
     lines.extend(text("/hindrance").map(|why| format!("this daemon cannot act: {why}")));
     let list = |name: &str| body.get(name).and_then(Value::as_array).cloned().unwrap_or_default();
     for lease in list("leases") {
@@ -247,7 +259,7 @@ fn status(body: &Value) -> Vec<String> {
     let room = |name: &str| size(body.pointer(&format!("/room/{name}")));
     lines.push(format!("room: {} available in {}", room("available"), text("/room/path").unwrap_or_default()));
     for away in list("away") {
-        lines.push(format!("cores lie in {}", away.get("dir").and_then(Value::as_str).unwrap_or_default()));
+        lines.push(lies(&away));
     }
     for dump in list("in_flight") {
         lines.push(format!(
@@ -256,6 +268,13 @@ fn status(body: &Value) -> Vec<String> {
         ));
     }
     lines
+}
+
+/// Where cores lie that have not come home, and why.
+fn lies(away: &Value) -> String {
+    let text = |name: &str| away.get(name).and_then(Value::as_str);
+    let why = text("why").map(|why| format!(": {why}")).unwrap_or_default();
+    format!("cores lie in {}{why}", text("dir").unwrap_or_default())
 }
 
 fn size(value: Option<&Value>) -> String {
@@ -275,32 +294,33 @@ fn cores(body: &Value) -> Vec<String> {
     if rows.is_empty() {
         return vec!["no cores".into()];
     }
-    super::table::lines(&["TIME", "PID", "PLACE", "SIZE", "COREDUMPCTL", "FILE"], &rows)
+    let mut lines = super::table::lines(&["TIME", "PID", "PLACE", "SIZE", "COREDUMPCTL", "FILE"], &rows);
+    lines.extend(body.get("away").and_then(Value::as_array).into_iter().flatten().map(lies));
+    lines
 }
 
 /// Takes a lease, runs the command, and gives the lease back, whichever way it ends.
-fn follow(session: &Session, args: &RedirectArgs) -> Result<Outcome, ClientError> {
+fn follow(world: &World, session: &Session, args: &RedirectArgs) -> Result<Outcome, ClientError> {
     let failed = |error: std::io::Error| ClientError::failed(error.to_string());
     // From here on a signal ends nothing by itself.
     let mut children = Children::new().map_err(failed)?;
     let lease = args.lease.clone().unwrap_or_else(|| format!("run-{}", std::process::id()));
     let until = args.life.as_ref().map(|life| Instant::now() + life.length);
     let first = args.life.as_ref().filter(|life| life.length < args.ttl.length).unwrap_or(&args.ttl);
-    let client = session.patient(None)?;
-    let reply = client.put(&path_of(&lease), &args.document(Some(&first.text)))?;
+    let wanted = args.document(Some(&first.text));
+    let reply = with_any(world, session, &|session| session.patient(None)?.put(&path_of(&lease), &wanted))?;
     for line in taken(session, reply, &lease).lines {
         session.console.complain(&line);
     }
-    let renewing = session.patient(Some(args.ttl.length))?;
     let ended = std::thread::scope(|scope| {
         let (done, ended) = channel::<()>();
-        scope.spawn(|| keep(session, &renewing, args, &lease, until, ended));
+        scope.spawn(|| keep(world, session, args, &lease, until, ended));
         let mut command = Command::new(&args.command[0]);
         let ended = children.follow(command.args(&args.command[1..]).arg0(&args.command[0]));
         drop(done);
         ended
     });
-    let given_back = restore(session, Some(&lease));
+    let given_back = with_any(world, session, &|session| restore(session, Some(&lease)));
     let exit = match ended {
         Ok(ended) => u8::try_from(ended.code()).unwrap_or(u8::MAX),
         Err(error) => {
@@ -319,8 +339,8 @@ fn follow(session: &Session, args: &RedirectArgs) -> Result<Outcome, ClientError
 
 /// Renews the lease until the command has ended, or may not last longer.
 fn keep(
+    world: &World,
     session: &Session,
-    client: &Client,
     args: &RedirectArgs,
     lease: &str,
     until: Option<Instant>,
@@ -335,8 +355,27 @@ fn keep(
         }
         let life = humantime::format_duration(Duration::from_millis(life.as_millis().max(1) as u64)).to_string();
         let wanted = args.document(Some(&life));
-        if let Err(error) = client.put(&path, &wanted) {
+        let renew = |session: &Session| session.patient(Some(args.ttl.length))?.put(&path, &wanted);
+        if let Err(error) = with_any(world, session, &renew) {
             session.console.complain(&format!("warning: lease {lease} was not renewed: {error}"));
         }
     }
+}
+
+/// Asks the daemon that was chosen; when that has gone, any other, for all can do what one could, or one that is started.
+fn with_any<T>(
+    world: &World,
+    session: &Session,
+    ask: &dyn Fn(&Session) -> Result<T, ClientError>,
+) -> Result<T, ClientError> {
+    let until = Instant::now() + ANOTHER;
+    let mut result = ask(session);
+    while result.as_ref().is_err_and(|error| error.exit == exit::NO_INSTANCE) && Instant::now() < until {
+        std::thread::sleep(LOOK);
+        result = match super::host::resolve(world).as_deref() {
+            Ok([target]) => ask(&Session::open(world, target, false)?),
+            _ => result,
+        };
+    }
+    result
 }

@@ -60,6 +60,9 @@ pub fn run(session: &Session, args: &AgentArgs) -> Result<Outcome, ClientError> 
             Err(RecvTimeoutError::Disconnected) => return Err(ClientError::failed("the follower has ended")),
         }
         coredump::expire(&agent.machine);
+        if coredump::carry_due(&agent.machine).is_some_and(|wait| wait.is_zero()) {
+            coredump::carry(&agent.machine);
+        }
         if args.steps.is_some_and(|most| done >= most) {
             return Ok(Outcome::default());
         }
@@ -113,13 +116,14 @@ impl Agent<'_> {
             return false;
         }
         let life = Duration::from_millis(event.get("for_ms").and_then(Value::as_u64).unwrap_or_default());
-        let answer = steps::carry_out(&self.machine, &self.wanted, step, lease, life);
+        let steps::Done { answer, is_new } = steps::carry_out(&self.machine, &self.wanted, step, lease, life);
         let how = if answer.ok { "done" } else { "failed" };
         let _ = self.session.console.line(&format!("{how}: {} {lease}: {}", text("step"), answer.said));
         let told = self.session.client.post(&format!("/v1/coredump/steps/{}", segment(id)), &json!(answer));
         if let Err(error) = told {
             self.session.console.complain(&format!("warning: the step was not acknowledged: {error}"));
-            if answer.ok && step == steps::What::Redirect {
+            // Whoever has it already still wants it, though a renewal went wrong.
+            if is_new {
                 steps::carry_out(&self.machine, &self.wanted, steps::What::Restore, lease, Duration::ZERO);
             }
         }

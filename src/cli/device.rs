@@ -12,7 +12,7 @@ use crate::client::{Client, ClientError, Reply};
 
 use super::args::{Span, probability, quoted};
 use super::console::Outcome;
-use super::session::{Session, World, on_machine, shown, warnings};
+use super::session::{Session, World, on_host, on_machine, shown, warnings};
 
 #[derive(Debug, Subcommand)]
 pub enum DeviceCommand {
@@ -167,7 +167,13 @@ pub struct CutArgs {
 }
 
 pub fn run(world: &World, command: &DeviceCommand) -> u8 {
-    on_machine(world, &|session| match command {
+    let may_end_mounts = match command {
+        DeviceCommand::Cut(args) => args.umount,
+        DeviceCommand::Remove { umount, .. } => *umount,
+        _ => false,
+    };
+    let on = if may_end_mounts { on_host } else { on_machine };
+    on(world, &|session| match command {
         DeviceCommand::Create(args) => create(session, args),
         DeviceCommand::Mode(args) => {
             let body = given(&mode_document(args));
@@ -272,7 +278,7 @@ fn status(session: &Session, name: Option<&str>) -> Result<Outcome, ClientError>
     };
     let reply = session.client.get(&path(name, ""))?;
     let mut lines = vec![sentence(&reply.body)];
-    for field in ["table", "status"] {
+    for field in ["table", "status", "trouble"] {
         lines.extend(text(&reply.body, &format!("/{field}")).map(|line| format!("  {field}: {line}")));
     }
     let holders = reply.body.get("holders").and_then(Value::as_array).into_iter().flatten();
@@ -307,6 +313,9 @@ fn sentence(body: &Value) -> String {
     line.push_str(&format!(", mode {}", word("mode")));
     if let Some(remaining) = text(body, "/remaining") {
         line.push_str(&format!(" for {remaining} more"));
+    }
+    if body.get("in_force") == Some(&json!(false)) {
+        line.push_str(&format!(" (not in force: the kernel has {})", word("table")));
     }
     if body.get("suspended") == Some(&json!(true)) {
         line.push_str(", suspended");

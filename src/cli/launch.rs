@@ -151,7 +151,7 @@ pub fn as_child(
 
 /// Whatever else the parent's parent had open (a test runner's own pipe, say) would otherwise stay open as long as the
 /// daemon lives, and somebody would wait for its end. Nothing of this process's own is open yet.
-fn close_what_was_inherited(ready_fd: i32) {
+pub fn close_what_was_inherited(ready_fd: i32) {
     let Ok(open) = fs::read_dir("/proc/self/fd") else {
         return;
     };
@@ -206,16 +206,21 @@ fn cannot_open(log: &Path, error: &io::Error) -> ClientError {
     ClientError::failed(format!("the log {} cannot be opened: {error}", log.display())).hint("--log FILE names another")
 }
 
+/// This program. By its own name the process is listed as what it is; the link still works when the file was replaced.
+pub fn program() -> Command {
+    let path = std::env::current_exe().ok().filter(|path| path.exists());
+    let mut command = Command::new(path.unwrap_or_else(|| "/proc/self/exe".into()));
+    command.arg0("nemesisfs");
+    command
+}
+
 /// Starts this program again. The only end of the pipe that stays open here is the one for reading.
 fn start(launch: &Launch) -> io::Result<(OwnedFd, Child)> {
     let log = open_log(launch.log)?;
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     fcntl(&writer, FcntlArg::F_SETFD(FdFlag::empty()))?;
-    // By its own name the process is listed as what it is; the link still works when the file was replaced.
-    let program = std::env::current_exe().ok().filter(|path| path.exists());
-    let mut command = Command::new(program.unwrap_or_else(|| "/proc/self/exe".into()));
+    let mut command = program();
     command
-        .arg0("nemesisfs")
         .args(&launch.words)
         .arg("--ready-fd")
         .arg(std::os::fd::AsRawFd::as_raw_fd(&writer).to_string())

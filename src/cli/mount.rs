@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::client::ClientError;
 use crate::client::instances::{self, lexical};
-use crate::daemon::{self, Options};
+use crate::daemon::{self, Options, machine};
 use crate::host::state::StateDir;
 
 use super::launch::{self, Launch, Report};
@@ -122,7 +122,9 @@ fn rules_of(file: &Path) -> Result<Vec<Value>, ClientError> {
 
 /// The name of an instance is the name of files, and a word that needs no quotes.
 fn instance_name(name: &str) -> Result<String, String> {
-    if safe(name) == name {
+    if name == machine::NAME {
+        Err(format!("{name} is the name of the daemon without a mount"))
+    } else if safe(name) == name {
         Ok(name.to_owned())
     } else {
         Err("a name is made of letters, digits, dot, dash and underscore, and begins with none of the last three"
@@ -145,8 +147,10 @@ fn free_name(run_dir: &Path, mountpoint: &Path) -> Result<String, ClientError> {
     let living =
         instances::living(run_dir).map_err(|error| ClientError::failed(format!("{}: {error}", run_dir.display())))?;
     // The same mountpoint again is for the daemon to refuse, and not a reason for another name.
-    let taken =
-        |name: &str| living.iter().any(|other| other.state.instance == name && !other.is_mounted_at(mountpoint));
+    let taken = |name: &str| {
+        name == machine::NAME
+            || living.iter().any(|other| other.state.instance == name && !other.is_mounted_at(mountpoint))
+    };
     let numbered = (2..).map(|number| format!("{name}-{number}"));
     Ok(std::iter::once(name.clone()).chain(numbered).find(|name| !taken(name)).unwrap_or(name))
 }

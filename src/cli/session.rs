@@ -41,7 +41,22 @@ pub fn on_each(world: &World, verb: Verb) -> u8 {
 
 /// Runs a `verb` about the machine, for which any daemon of a host will do, and one is started if there is none.
 pub fn on_machine(world: &World, verb: Verb) -> u8 {
-    on_targets(world, super::host::resolve(world), verb)
+    let once_more = |session: &Session| match verb(session) {
+        // It was not needed any more, and ended at this very moment.
+        Err(error) if error.exit == exit::NO_INSTANCE && super::host::has_ended(world, &session.target) => {
+            match super::host::resolve(world)?.as_slice() {
+                [target] => verb(&Session::open(world, target, false)?),
+                _ => Err(error),
+            }
+        }
+        other => other,
+    };
+    on_targets(world, super::host::resolve(world), &once_more)
+}
+
+/// The same for what may end a mount, which its own daemon cannot do and tell.
+pub fn on_host(world: &World, verb: Verb) -> u8 {
+    on_targets(world, super::host::without_mount(world), verb)
 }
 
 fn on_targets(world: &World, targets: Result<Vec<Target>, ClientError>, verb: Verb) -> u8 {
@@ -99,7 +114,7 @@ fn on_one(world: &World, target: &Target, several: bool, verb: Verb) -> (Target,
 
 impl<'a> Session<'a> {
     /// With several hosts each is asked for its name, by which its results are told apart.
-    fn open(world: &World<'a>, target: &Target, several: bool) -> Result<Self, ClientError> {
+    pub fn open(world: &World<'a>, target: &Target, several: bool) -> Result<Self, ClientError> {
         let connect_timeout = world.globals.connect_timeout.length;
         let client = Client::new(target.host.clone(), connect_timeout)?;
         let mut target = target.clone();

@@ -410,3 +410,51 @@ fn completions_are_made_for_each_shell() {
         assert!(ran(&fake, &format!("completions {shell}")).out.text().contains("nemesisfs"), "{shell}");
     }
 }
+
+#[test]
+fn a_device_is_told_with_its_commands_and_how_to_undo_it() {
+    let fake = Fake::start();
+    let _lock = alive(&fake, "n1");
+    let made = json!({"name": "d0", "device": "/dev/mapper/d0", "state": "ready", "mode": "allow_writes",
+        "mounts": ["/mnt/d0"], "commands": ["dmsetup create d0"], "undo": "device remove d0", "warnings": ["little room"]});
+    fake.answer("PUT /v1/devices/d0", 201, made);
+    let create =
+        ran(&fake, "device create d0 --image /d0.img --size 1GiB --filesystem xfs --log-image /d0.log --log-size 2GiB");
+    assert_eq!((create.exit, create.err.text().as_str()), (exit::DONE, ""));
+    assert_eq!(
+        create.out.lines(),
+        [
+            "device d0 (/dev/mapper/d0): ready, mode allow_writes, mounted at /mnt/d0",
+            "  dmsetup create d0",
+            "warning: little room",
+            "undo: nemesisfs device remove d0"
+        ]
+    );
+    let sent = fake.seen().pop().unwrap().1;
+    let log = json!({"image": "/d0.log", "size": "2GiB"});
+    assert_eq!(sent, json!({"image": "/d0.img", "size": "1GiB", "filesystem": "xfs", "log": log}));
+
+    fake.answer("PUT /v1/devices/d0/mode", 200, json!({"name": "d0", "device": "/dev/mapper/d0", "state": "ready"}));
+    let mode = ran(&fake, "device mode d0 drop_writes --and error_reads --interval 5s --up 1s --down 2s --sync-fs");
+    assert_eq!(mode.exit, exit::DONE);
+    let sent = fake.seen().pop().unwrap().1;
+    let wanted =
+        json!({"mode": "drop_writes", "and": ["error_reads"], "for": "5s", "up": "1s", "down": "2s", "sync_fs": true});
+    assert_eq!(sent, wanted);
+}
+
+#[test]
+fn a_host_that_cannot_have_devices_is_exit_5_and_a_device_that_is_not_there_is_removed() {
+    let fake = Fake::start();
+    let _lock = alive(&fake, "n1");
+    let problem = json!({"code": "not_supported", "detail": "no device mapper", "hint": "elsewhere"});
+    fake.answer("PUT /v1/devices/d0", 501, problem);
+    let create = ran(&fake, "device create d0 --device /dev/sdb");
+    assert_eq!((create.exit, create.err.lines()[1].as_str()), (exit::NOT_SUPPORTED, "hint: elsewhere"));
+    fake.answer("DELETE /v1/devices/d0", 204, Value::Null);
+    let remove = ran(&fake, "device remove d0");
+    assert_eq!((remove.exit, remove.out.lines()), (exit::DONE, vec!["device d0: not there".to_owned()]));
+    for words in ["device create d0", "device create d0 --image a --device b", "device mode d0"] {
+        assert!(Cli::try_parse_from(shlex::split(&format!("nemesisfs {words}")).unwrap()).is_err(), "{words}");
+    }
+}

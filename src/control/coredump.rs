@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Path, RawQuery, State};
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -47,7 +49,7 @@ impl WantedLease {
             owner: self.owner.unwrap_or_default(),
             to: self.to,
             fills: self.fills,
-            need: self.need.map_or(Ok(usual.need), |need| size("need", &need))?,
+            need: self.need.map(|need| size("need", &need)).transpose()?,
             on_low: word("on_low", self.on_low, &[("warn", OnLow::Warn), ("refuse", OnLow::Refuse)])?,
             by: word("by", self.by, &[("auto", By::Auto), ("agent", By::Agent)])?,
             timeout: duration("timeout", self.timeout)?.unwrap_or(usual.timeout),
@@ -113,6 +115,11 @@ pub async fn cores(State(service): OfAny) -> Answer {
     Ok(document(200, &helper(move || coredump::list(&machine)).await??))
 }
 
+pub async fn list(State(service): OfAny) -> Answer {
+    let leases = coredump::leases(&service.machine)?;
+    Ok(document(200, &json!({"leases": leases, "cursor": service.cursor()})))
+}
+
 pub async fn show(State(service): OfAny, Path(name): Path<String>) -> Answer {
     let none = || Problem::new(404, "not_found", format!("there is no lease {name:?}"));
     let lease = coredump::lease(&service.machine, &name).ok_or_else(|| none().hint("nemesisfs coredump status"))?;
@@ -155,7 +162,11 @@ async fn give_back(service: super::AnyDaemon, query: Option<String>, name: Optio
         Some(name) => coredump::release(&machine, &name, timeout),
         None => coredump::release_all(&machine, timeout),
     });
-    let mut value = json!(released.await??);
+    let released = released.await??;
+    if released.is_nothing() {
+        return Ok(StatusCode::NO_CONTENT.into_response());
+    }
+    let mut value = json!(released);
     value["cursor"] = cursor.into();
     Ok(document(200, &value))
 }

@@ -22,14 +22,14 @@ mod state;
 use std::ops::Deref;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{FromRef, State};
 use axum::http::{Method, Uri};
-use axum::routing::{delete, get, post};
+use axum::routing::{get, post};
 use crossbeam_channel::Sender;
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -135,9 +135,18 @@ type Answer = Result<axum::response::Response, Problem>;
 pub struct Running {
     thread: JoinHandle<()>,
     stop: Arc<Notify>,
+    ready: mpsc::Receiver<Result<(), String>>,
 }
 
 impl Running {
+    /// Waits until what is armed from the first request on has what it wants.
+    ///
+    /// # Errors
+    /// When coredumps should go elsewhere, and cannot.
+    pub fn wait_until_ready(&self) -> Result<(), String> {
+        self.ready.recv().unwrap_or(Ok(()))
+    }
+
     /// Ends it, once the last events have been sent, or soon.
     pub fn stop(self) {
         self.stop.notify_one();
@@ -168,23 +177,35 @@ pub fn start(
     });
     let waker = service.clone();
     service.ring.set_waker(move || waker.published.notify_waiters());
-    let router = match core {
-        None => of_machine().with_state(AnyDaemon(service)),
+    let (router, control) = match core {
+        None => (of_machine().with_state(AnyDaemon(service)), None),
         Some(core) => {
             let control = Control { core, service, space: Default::default(), redirection: Default::default() };
-            of_mount().with_state(Arc::new(control))
+            let control = Arc::new(control);
+            (of_mount().with_state(control.clone()), Some(control))
         }
     };
     let stop = Arc::new(Notify::new());
     let stopped = stop.clone();
+    let (begun, ready) = mpsc::channel();
     let thread = std::thread::Builder::new().name("control".into()).spawn(move || {
-        if let Err(error) = runtime.block_on(serve(listener, router, stopped)) {
+        let served = runtime.block_on(async {
+            if let Some(control) = control {
+                // Beside the server: an agent may have to be heard for it.
+                tokio::spawn(async move {
+                    let _ = begun.send(control.redirected_at_start().await);
+                    redirect::keep(control).await;
+                });
+            }
+            serve(listener, router, stopped).await
+        });
+        if let Err(error) = served {
             tracing::error!(%error, "the control socket has failed");
         }
         // A helper may hang in the mount; nobody waits for it.
         runtime.shutdown_background();
     })?;
-    Ok(Running { thread, stop })
+    Ok(Running { thread, stop, ready })
 }
 
 async fn serve(listener: UnixListener, router: Router, stop: Arc<Notify>) -> std::io::Result<()> {
@@ -215,7 +236,7 @@ where
         .merge(devices::routes())
         .route("/v1/coredump", get(coredump::status))
         .route("/v1/coredump/cores", get(coredump::cores))
-        .route("/v1/coredump/leases", delete(coredump::release_all))
+        .route("/v1/coredump/leases", get(coredump::list).delete(coredump::release_all))
         .route("/v1/coredump/leases/{name}", get(coredump::show).put(coredump::take).delete(coredump::release))
         .route("/v1/coredump/steps", get(coredump::list_steps))
         .route("/v1/coredump/steps/{id}", post(coredump::acknowledge))

@@ -8,14 +8,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::time::Duration;
 
+use serde_json::json;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
 use super::problem::Problem;
 use super::{Control, helper};
 use crate::fault::plan::State;
 use crate::host::Machine;
 use crate::host::coredump::{self, Taken, Wanted};
 
-/// How long the lease outlives the daemon.
+/// How long the lease outlives the daemon: the mount is dead then, and with it what was refused there.
 const LIFE: Duration = Duration::from_secs(30);
+/// The same where the disk was filled, and stays so until a next mount, or somebody, removes the ballast.
+const LIFE_OF_DISK: Duration = Duration::from_secs(600);
 /// How often is asked whether anything still wants it. Renewed each time, so it is a part of the life.
 const LOOK: Duration = Duration::from_millis(500);
 const RENEW: Duration = Duration::from_secs(10);
@@ -41,12 +47,12 @@ impl Fills {
 /// What the mount holds.
 #[derive(Debug, Default)]
 pub struct Redirection {
-    /// Is the disk filled too?
-    disk: AtomicBool,
     /// Changes that want it and are not in force yet.
     coming: AtomicUsize,
     held: AtomicBool,
-    /// One at a time takes or gives back.
+    /// Wakes who keeps it.
+    taken: Notify,
+    /// One at a time takes, renews or gives back.
     switch: tokio::sync::Mutex<()>,
 }
 
@@ -86,23 +92,35 @@ impl Control {
         done.map(|done| (done, warnings))
     }
 
-    async fn take_coredumps(self: &Arc<Self>, fills: Fills) -> Result<Vec<String>, Problem> {
-        let _switch = self.redirection.switch.lock().await;
-        self.redirection.disk.fetch_or(fills == Fills::Disk, AcqRel);
-        let taken = self.renew().await?;
-        if !self.redirection.held.swap(true, AcqRel) {
-            tokio::spawn(keep(self.clone()));
+    /// For rules that are armed from the first request on. The lease of a killed daemon of this name is ours now, to be kept
+    /// or given back.
+    pub(super) async fn redirected_at_start(self: &Arc<Self>) -> Result<(), String> {
+        if self.wants_coredumps().await {
+            self.take_coredumps(Fills::Mount).await.map_err(|problem| problem.to_string())?;
+        } else if coredump::lease(&self.machine, &lease_of(&self.identity.instance)).is_some() {
+            self.redirection.held.store(true, Release);
+            self.redirection.taken.notify_one();
         }
+        Ok(())
+    }
+
+    async fn take_coredumps(&self, fills: Fills) -> Result<Vec<String>, Problem> {
+        let _switch = self.redirection.switch.lock().await;
+        let taken = self.renew(fills).await?;
+        self.redirection.held.store(true, Release);
+        self.redirection.taken.notify_one();
         Ok(taken.warnings)
     }
 
-    async fn renew(&self) -> Result<Taken, Problem> {
+    async fn renew(&self, fills: Fills) -> Result<Taken, Problem> {
         let (machine, name) = (self.machine.clone(), lease_of(&self.identity.instance));
+        let is_disk = fills == Fills::Disk || self.ballast_redirects().await;
         let mount = self.identity.mount.as_ref();
-        let disk = mount.filter(|_| self.redirection.disk.load(Acquire)).map(|mount| mount.backing.clone());
+        let disk = mount.filter(|_| is_disk).map(|mount| mount.backing.clone());
         let fills = mount.map(|mount| mount.mountpoint.clone()).into_iter().chain(disk).collect();
         let owner = self.identity.instance.clone();
-        let wanted = Wanted { life: Some(LIFE), owner, fills, ..Wanted::default() };
+        let life = if is_disk { LIFE_OF_DISK } else { LIFE };
+        let wanted = Wanted { life: Some(life), owner, fills, ..Wanted::default() };
         Ok(helper(move || coredump::redirect(&machine, &name, &wanted)).await??)
     }
 
@@ -134,7 +152,6 @@ impl Control {
         }
         let (machine, name) = (self.machine.clone(), lease_of(&self.identity.instance));
         self.redirection.held.store(false, Release);
-        self.redirection.disk.store(false, Release);
         let given = helper(move || release(&machine, &name)).await;
         given.unwrap_or_else(|_| vec!["coredumps may not be home: see nemesisfs coredump status".to_string()])
     }
@@ -148,18 +165,37 @@ fn release(machine: &Machine, name: &str) -> Vec<String> {
     }
 }
 
-/// Renews the lease for as long as it is held, and gives it back when what wanted it has ended by itself.
-async fn keep(control: Arc<Control>) {
-    let mut renewed = tokio::time::Instant::now();
-    while control.redirection.held.load(Acquire) {
+/// Renews the lease for as long as it is held, and gives it back when what wanted it has ended by itself. Ends with the
+/// control thread.
+pub(super) async fn keep(control: Arc<Control>) {
+    let redirection = &control.redirection;
+    let mut renewed = Instant::now();
+    let mut told = false;
+    loop {
+        if !redirection.held.load(Acquire) {
+            redirection.taken.notified().await;
+            (renewed, told) = (Instant::now(), false);
+        }
         tokio::time::sleep(LOOK).await;
         if !control.wants_coredumps().await {
             control.give_back().await;
-        } else if renewed.elapsed() > RENEW {
-            renewed = tokio::time::Instant::now();
-            if let Err(problem) = control.renew().await {
-                tracing::error!(?problem, "the lease on coredumps cannot be renewed");
+            continue;
+        }
+        let _switch = redirection.switch.lock().await;
+        // Somebody may have ended all leases.
+        let lease = coredump::lease(&control.machine, &lease_of(&control.identity.instance));
+        if !redirection.held.load(Acquire) || (lease.is_some() && renewed.elapsed() < RENEW) {
+            continue;
+        }
+        match control.renew(Fills::Mount).await {
+            Ok(_) => (renewed, told) = (Instant::now(), false),
+            Err(problem) if !told => {
+                told = true;
+                let detail = json!({"action": "not_renewed", "lease": lease_of(&control.identity.instance),
+                    "error": problem.to_string()});
+                control.machine.tell("coredump", detail);
             }
+            Err(_) => {}
         }
     }
 }

@@ -302,6 +302,11 @@ impl Control {
         }
     }
 
+    /// Is the disk full, or being filled, with coredumps elsewhere?
+    pub(super) async fn ballast_redirects(&self) -> bool {
+        self.space.lock().await.ballast_redirects
+    }
+
     /// Does a capacity that is in force want coredumps elsewhere?
     pub(super) async fn space_redirects(&self) -> bool {
         let requested = self.space.lock().await;
@@ -365,6 +370,7 @@ impl Control {
                     .hint("a filesystem of its own for the data, or force (--force) to fill this one"));
             }
         }
+        self.space.lock().await.ballast_redirects = wanted.redirect_coredumps;
         let ticket = self.core.ballast.ticket();
         // A client that goes away does not want it any more.
         let mut abandoned = Abandoned(Some(self.core.clone()));
@@ -383,7 +389,6 @@ impl Control {
         abandoned.0 = None;
         match filled {
             Ok(status) => {
-                self.space.lock().await.ballast_redirects = wanted.redirect_coredumps;
                 self.begin_life(Part::Ballast, filling.life).await;
                 let ballast = show_ballast(&status);
                 self.ring().change("space", json!({"action": "set", "ballast": ballast, "requested": asked}));

@@ -95,16 +95,18 @@ impl Service {
     /// Devices removed, coredumps where they belong: adds to an answer what there was, and what could not be undone.
     async fn reset_machine(&self, answer: &mut Value) -> Result<(), Problem> {
         let machine = self.machine.clone();
-        let (devices, released) = helper(move || {
+        let (devices, leases, released) = helper(move || {
             // Coredumps first: they may lie on a device.
+            let leases = coredump::leases(&machine).unwrap_or_default();
             let released = coredump::release_all(&machine, coredump::TIMEOUT);
-            (device::remove_all(&machine), released)
+            (device::remove_all(&machine), leases, released)
         })
         .await?;
         let mut warnings: Vec<String> =
             answer["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_string).collect();
         let (gone, left): (Vec<_>, Vec<_>) = devices.into_iter().partition(|(_, result)| result.is_ok());
         warnings.extend(left.into_iter().filter_map(|(_, result)| result.err()));
+        answer["leases"] = leases.iter().map(|lease| lease["name"].clone()).collect::<Vec<_>>().into();
         match released {
             Ok(released) => warnings.extend(released.warnings),
             Err(failure) => warnings.push(format!("coredumps are not where they belong: {failure}")),

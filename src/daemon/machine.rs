@@ -50,7 +50,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     let identity = Identity { instance: NAME.into(), boot_id, socket: options.socket.clone(), log, mount: None };
     claim.write(&identity).map_err(|error| failure(format!("{}: {error}", claim.path.display())))?;
     let machine = Machine::new(Arc::new(Ring::default()), &identity.boot_id, options.state.clone());
-    let guard = Guard::start(machine, || ()).map_err(cannot)?;
+    let guard = Guard::start(machine, || true).map_err(cannot)?;
     let machine = guard.machine.clone();
     let (unmount, wanted) = unbounded();
     let control = control::start(listener, None, machine.clone(), identity.clone(), unmount).map_err(cannot)?;
@@ -70,7 +70,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
                 break;
             }
             recv(looks) -> _ => {
-                if machine.is_changed() {
+                if machine.is_needed() {
                     needed = Instant::now();
                 } else if options.while_needed && needed.elapsed() > IDLE {
                     break;
@@ -91,13 +91,21 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
 
 /// For a daemon that has changed something of the machine: one that undoes it if this one is killed. That there is none
 /// costs only that, so it is logged and tried again later.
-pub fn start_if_missing(run_dir: &Path) {
-    if instances::is_held(&run_dir.join(format!("{NAME}.json"))) {
-        return;
+pub fn start_if_missing(run_dir: &Path) -> bool {
+    let is_there = || instances::is_held(&run_dir.join(format!("{NAME}.json")));
+    if is_there() {
+        return true;
     }
-    let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
-    if let Err(error) = tool::ask(&[program.as_os_str(), "host".as_ref(), "--while-needed".as_ref()]) {
-        tracing::warn!(%error, "no second daemon watches over the machine");
+    // The link still works when the file was replaced.
+    let program = std::env::current_exe().ok().filter(|path| path.exists());
+    let program = program.unwrap_or_else(|| "/proc/self/exe".into());
+    match tool::ask(&[program.as_os_str(), "host".as_ref(), "--while-needed".as_ref()]) {
+        Ok(_) => true,
+        Err(_) if is_there() => true,
+        Err(error) => {
+            tracing::warn!(%error, "no second daemon watches over the machine");
+            false
+        }
     }
 }
 

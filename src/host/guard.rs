@@ -26,6 +26,9 @@ const LARGEST: u64 = 1 << 20;
 const LOOK: Duration = Duration::from_millis(200);
 const REST: Duration = Duration::from_secs(1);
 
+/// How often it is seen to that a second daemon lives; and how soon again when none could be started.
+const KEEP: Duration = Duration::from_millis(500);
+const KEEP_AGAIN: Duration = Duration::from_secs(30);
 /// How soon it is tried again what could not be ended.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -35,7 +38,12 @@ const EVENTS: [&str; 2] = ["device", "coredump"];
 /// For the other daemons. Nothing depends on it, so that a disk without room costs only the line.
 pub(super) fn write_line(state: &StateDir, author: &str, event: &str, detail: &Value) {
     let file = lines_file(state);
-    if fs::metadata(&file).is_ok_and(|file| file.len() > LARGEST) {
+    let is_large = || fs::metadata(&file).is_ok_and(|file| file.len() > LARGEST);
+    // One of those who see that at the same time, or the second would move away what the first has begun.
+    if is_large()
+        && let Ok(Some(_alone)) = state.try_part("events")
+        && is_large()
+    {
         let _ = fs::rename(&file, file.with_extension("old"));
     }
     let line = json!({"author": author, "event": event, "detail": detail});
@@ -56,11 +64,12 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// `keep` starts a second daemon if there is none: it is called when this one may not die alone.
+    /// `keep` starts a second daemon if there is none, and says whether there is one now: it is called while this one may
+    /// not die alone.
     ///
     /// # Errors
     /// When the thread cannot be started.
-    pub fn start(machine: Machine, keep: impl Fn() + Send + 'static) -> io::Result<Guard> {
+    pub fn start(machine: Machine, keep: impl Fn() -> bool + Send + 'static) -> io::Result<Guard> {
         let (machine, (stop, stopped)) = (Arc::new(machine), bounded(0));
         let guarded = machine.clone();
         std::thread::Builder::new().name("machine".into()).spawn(move || run(&guarded, &stopped, &keep))?;
@@ -71,14 +80,14 @@ impl Guard {
 /// What has its times: how long until the next one, and what to do then. Which of two daemons does it is theirs to settle.
 struct Part {
     due: fn(&Machine) -> Option<Duration>,
-    expire: fn(&Machine),
+    expire: fn(&Arc<Machine>),
     /// Is a thread of this daemon at it?
     busy: Arc<AtomicBool>,
     begun: Cell<Option<Instant>>,
 }
 
 impl Part {
-    fn new(due: fn(&Machine) -> Option<Duration>, expire: fn(&Machine)) -> Part {
+    fn new(due: fn(&Machine) -> Option<Duration>, expire: fn(&Arc<Machine>)) -> Part {
         Part { due, expire, busy: Arc::default(), begun: Cell::default() }
     }
 
@@ -103,16 +112,40 @@ impl Part {
     }
 }
 
+/// When it was last seen to that there is a second daemon, and whether there is one.
+struct Kept {
+    at: Instant,
+    well: bool,
+}
+
+/// Warns if there is little room where cores would go. On a thread of its own: the core directory may be on a disk that
+/// hangs, and what ends that is to go on.
+fn look_at_room(machine: &Arc<Machine>) {
+    let machine = machine.clone();
+    let looking = std::thread::Builder::new().name("helper".into()).spawn(move || coredump::check_root(&machine));
+    if let Err(error) = looking {
+        tracing::warn!(%error, "nobody has looked whether there is room for coredumps");
+    }
+}
+
 /// Runs until the other end of `stop` is dropped.
-fn run(machine: &Arc<Machine>, stop: &Receiver<()>, keep: &dyn Fn()) {
+fn run(machine: &Arc<Machine>, stop: &Receiver<()>, keep: &dyn Fn() -> bool) {
     let mut others = Others::from_now(machine);
-    let parts = [Part::new(device::due, device::expire), Part::new(coredump::due, coredump::expire)];
-    coredump::check_root(machine);
+    let parts = [
+        Part::new(device::due, device::expire),
+        Part::new(coredump::due, |machine| coredump::expire(machine)),
+        Part::new(coredump::carry_due, |machine| coredump::carry(machine)),
+    ];
+    look_at_room(machine);
+    let mut kept: Option<Kept> = None;
     loop {
         others.tell(machine);
         let mut pause = REST;
         if machine.is_changed() {
-            keep();
+            let rest = |kept: &Kept| if kept.well { KEEP } else { KEEP_AGAIN };
+            if kept.as_ref().is_none_or(|kept| kept.at.elapsed() > rest(kept)) {
+                kept = Some(Kept { at: Instant::now(), well: keep() });
+            }
             let next = parts.iter().filter_map(|part| part.look(machine)).min();
             pause = next.map_or(LOOK, |next| next.min(LOOK));
         }

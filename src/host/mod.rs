@@ -1,6 +1,6 @@
 //! What is done to the machine and not to the mount: devices that fail below a filesystem, and where coredumps go.
 //!
-//! All state of it lies in files ([`state`]), under one lock for each part, so that every daemon of the machine can do
+//! All state of it lies in files ([`state`]), under a lock for each part or document, so that every daemon can do
 //! and undo everything, and what a killed one has left is found by the next. What one does is on the streams of all.
 //!
 //! On helper threads of the control thread and on the `machine` thread ([`guard`]); never on a reader or on the control
@@ -14,6 +14,7 @@ pub mod state;
 pub mod tool;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::*};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use serde_json::Value;
@@ -31,13 +32,35 @@ pub struct Machine {
     /// Wakes the guard: something may have a time now.
     poke: Sender<()>,
     poked: Receiver<()>,
+    /// How many operations of this daemon have not ended.
+    at_work: AtomicUsize,
+}
+
+/// An operation that has not ended: for as long, the daemon is needed.
+pub struct AtWork<'a>(&'a Machine);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.at_work.fetch_sub(1, AcqRel);
+    }
 }
 
 impl Machine {
     /// `author` is what no other daemon is called, such as its boot id.
     pub fn new(ring: Arc<Ring>, author: &str, state: StateDir) -> Machine {
         let (poke, poked) = bounded(1);
-        Machine { ring, author: author.into(), state, poke, poked }
+        Machine { ring, author: author.into(), state, poke, poked, at_work: AtomicUsize::new(0) }
+    }
+
+    /// An operation begins.
+    pub fn begin(&self) -> AtWork<'_> {
+        self.at_work.fetch_add(1, AcqRel);
+        AtWork(self)
+    }
+
+    /// Has a daemon that serves the machine alone anything to do?
+    pub fn is_needed(&self) -> bool {
+        self.at_work.load(Acquire) > 0 || self.is_changed()
     }
 
     /// Is anything of this machine changed by us, and has to be undone one day?

@@ -1,12 +1,13 @@
 //! The state files: what of this machine is ours, and how to undo it. One JSON file for each device and each lease, in a
 //! directory that survives the daemon and the boot.
 //!
-//! On helper threads and the `machine` thread. One `flock` for each part, held for as long as an operation on the machine
-//! takes, across processes. A file is in its place whole or not at all.
+//! On helper threads and the `machine` thread. One `flock` for each part, or for one document of it, held for as long as an
+//! operation on the machine takes, across processes. Who takes both takes that of the document first. A file is in its
+//! place whole or not at all.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ use serde::{Deserialize, Serialize};
 /// How long an operation waits for another one of its part to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 const TRY_AGAIN: Duration = Duration::from_millis(20);
+/// As much is kept for a document that has to be written when nothing is free.
+const RESERVE: usize = 16 << 10;
 
 /// Where the state files are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,14 +54,7 @@ impl StateDir {
     /// # Errors
     /// When another operation holds it for a minute, or the directory cannot be made.
     pub fn part(&self, name: &str) -> io::Result<Part> {
-        let until = Instant::now() + PATIENCE;
-        loop {
-            match self.try_part(name)? {
-                Some(part) => return Ok(part),
-                None if Instant::now() >= until => return Err(Errno::EWOULDBLOCK.into()),
-                None => std::thread::sleep(TRY_AGAIN),
-            }
-        }
+        patiently(|| self.try_part(name))
     }
 
     /// The same without waiting: none when another operation holds it.
@@ -69,11 +65,30 @@ impl StateDir {
         let dir = self.0.join(name);
         fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir)?;
         let file = OpenOptions::new().create(true).truncate(false).write(true).open(dir.join(".lock"))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Some(Part { _lock: lock, dir })),
-            Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => Ok(None),
-            Err((_, errno)) => Err(errno.into()),
-        }
+        Ok(lock(file)?.map(|lock| Part { _lock: lock, dir, alone: None }))
+    }
+
+    /// A part of which only this document is ours alone: what takes long with one holds up no other.
+    ///
+    /// # Errors
+    /// When another operation holds it for a minute, or the directory cannot be made.
+    pub fn document(&self, part: &str, name: &str) -> io::Result<Part> {
+        patiently(|| self.try_document(part, name))
+    }
+
+    /// The same without waiting.
+    ///
+    /// # Errors
+    /// When its directory cannot be made.
+    pub fn try_document(&self, part: &str, name: &str) -> io::Result<Option<Part>> {
+        let dir = self.0.join(part);
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir)?;
+        let place = dir.join(format!(".{name}.lock"));
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&place)?;
+        let Some(lock) = lock(file)? else { return Ok(None) };
+        // Who had it may have removed it, with the document.
+        let is_there = fs::metadata(&place).is_ok_and(|there| lock.metadata().is_ok_and(|ours| is_same(&there, &ours)));
+        Ok(is_there.then(|| Part { _lock: lock, dir, alone: Some(name.into()) }))
     }
 
     /// The documents of a part as they are now, without waiting for its lock. One that cannot be read is passed over and
@@ -88,14 +103,52 @@ impl StateDir {
     }
 }
 
+fn patiently(attempt: impl Fn() -> io::Result<Option<Part>>) -> io::Result<Part> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match attempt()? {
+            Some(part) => return Ok(part),
+            None if Instant::now() >= until => return Err(Errno::EWOULDBLOCK.into()),
+            None => std::thread::sleep(TRY_AGAIN),
+        }
+    }
+}
+
+fn lock(file: File) -> io::Result<Option<Flock<File>>> {
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => Ok(None),
+        Err((_, errno)) => Err(errno.into()),
+    }
+}
+
+fn is_same(one: &fs::Metadata, other: &fs::Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
 /// A part of the state, locked.
 #[derive(Debug)]
 pub struct Part {
     _lock: Flock<File>,
     dir: PathBuf,
+    /// The only document that the lock is for.
+    alone: Option<String>,
+}
+
+impl Drop for Part {
+    /// The lock's file goes with the document, while it is still locked.
+    fn drop(&mut self) {
+        if let Some(name) = self.alone.as_ref().filter(|name| !self.file(name).exists()) {
+            let _ = fs::remove_file(self.dir.join(format!(".{name}.lock")));
+        }
+    }
 }
 
 impl Part {
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
     /// Its documents, by name.
     pub fn all<T: DeserializeOwned>(&self) -> Vec<T> {
         all(&self.dir)
@@ -111,26 +164,58 @@ impl Part {
         }
     }
 
-    /// Writes a document so that it is there whole after a crash of the machine.
+    /// Writes a document so that it is there whole after a crash of the machine. Also where the filesystem is full: what is
+    /// to be undone may be what has filled it.
     ///
     /// # Errors
     /// When it cannot be written; then the old one stays.
     pub fn put<T: Serialize>(&self, name: &str, document: &T) -> io::Result<()> {
+        let bytes = serde_json::to_vec_pretty(document)?;
+        let written = match self.write(name, &bytes) {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull && fs::remove_file(self.reserve()).is_ok() => {
+                self.write(name, &bytes)
+            }
+            other => other,
+        };
+        self.keep_reserve();
+        written
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let (file, new) = (self.file(name), self.dir.join(format!(".{name}.new")));
         let mut open = File::create(&new)?;
-        open.write_all(&serde_json::to_vec_pretty(document)?)?;
-        open.sync_all()?;
+        let written = open.write_all(bytes).and_then(|()| open.sync_all());
+        if let Err(error) = written {
+            let _ = fs::remove_file(&new);
+            return Err(error);
+        }
         fs::rename(&new, &file)?;
         File::open(&self.dir)?.sync_all()
+    }
+
+    fn reserve(&self) -> PathBuf {
+        self.dir.join(".reserve")
+    }
+
+    /// Best effort: without room there was none to keep.
+    fn keep_reserve(&self) {
+        let reserve = self.reserve();
+        if !reserve.exists() && fs::write(&reserve, [0; RESERVE]).is_err() {
+            let _ = fs::remove_file(&reserve);
+        }
     }
 
     /// # Errors
     /// When it is there and cannot be removed.
     pub fn remove(&self, name: &str) -> io::Result<()> {
         match fs::remove_file(self.file(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => File::open(&self.dir)?.sync_all(),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => File::open(&self.dir)?.sync_all()?,
         }
+        if documents(&self.dir).is_empty() {
+            let _ = fs::remove_file(self.reserve());
+        }
+        Ok(())
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -230,6 +315,28 @@ mod tests {
         assert!(!waiting.is_finished());
         drop(held);
         waiting.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_document_is_held_by_one_at_a_time_and_its_lock_goes_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::new(dir.path());
+        let held = state.document("devices", "a").unwrap();
+        assert!(state.try_document("devices", "a").unwrap().is_none());
+        let _other = state.document("devices", "b").unwrap();
+        let _part = state.part("devices").unwrap();
+        held.put("a", &"there").unwrap();
+        drop(held);
+        let place = dir.path().join("devices/.a.lock");
+        assert!(place.exists());
+        let held = state.document("devices", "a").unwrap();
+        held.remove("a").unwrap();
+        let waiting = std::thread::spawn(move || state.document("devices", "a").map(drop));
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!waiting.is_finished());
+        drop(held);
+        waiting.join().unwrap().unwrap();
+        assert!(!place.exists());
     }
 
     #[test]

@@ -114,7 +114,9 @@ fn result(line: String, output: &Output) -> Result<String, ToolError> {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    let last = said.lines().map(str::trim).rfind(|line| !line.is_empty());
+    // dmsetup ends with that it failed, whatever it has said before.
+    let says_why = |line: &&str| !line.is_empty() && line.trim_end_matches('.') != "Command failed";
+    let last = said.lines().map(str::trim).rfind(says_why);
     let says = last.map_or_else(|| output.status.to_string(), str::to_string);
     Err(ToolError::Failed { line, code: output.status.code(), says })
 }

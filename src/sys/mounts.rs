@@ -35,8 +35,9 @@ pub struct Mount {
     /// Which directory of the filesystem is seen there. Of a bind mount it is seldom `/`.
     pub root: PathBuf,
     pub mountpoint: PathBuf,
-    /// Its own options, without those of the filesystem.
+    /// Its own options, and those of the filesystem.
     pub options: String,
+    pub filesystem_options: String,
     pub filesystem: String,
     pub source: String,
 }
@@ -78,6 +79,7 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
         options: text(words.get(5)?),
         filesystem: text(words.get(dash + 1)?),
         source: text(words.get(dash + 2)?),
+        filesystem_options: words.get(dash + 3).map(|word| text(word)).unwrap_or_default(),
         device,
     })
 }

@@ -13,6 +13,9 @@ use nix::unistd::Pid;
 /// The signals that the suites crash programs with, in turn.
 pub const SIGNALS: [Signal; 3] = [Signal::SIGQUIT, Signal::SIGABRT, Signal::SIGSEGV];
 
+/// A program that costs little to start, for many crashes. What it was started with may ignore signals.
+const SMALL: [&str; 5] = ["env", "--default-signal", "sh", "-c", "ulimit -c unlimited; echo ready; read _"];
+
 /// So many MiB that no compression makes smaller, and a program that sleeps with them.
 const PROGRAM: &str = "open F, '/dev/urandom'; read F, $x, $ARGV[0] * 1048576; $SIG{QUIT} = 'DEFAULT'; $| = 1;
 print \"ready\\n\"; sleep 100";
@@ -23,13 +26,27 @@ pub struct Victim(Child);
 impl Victim {
     /// In a directory, with so many MiB.
     pub fn new(dir: &Path, mib: u32) -> Victim {
+        let mut victim = Victim::start(dir, mib);
+        victim.await_ready();
+        victim
+    }
+
+    fn start_small(dir: &Path) -> Victim {
+        let mut command = Command::new(SMALL[0]);
+        command.args(&SMALL[1..]).current_dir(dir).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Victim(command.spawn().expect("sh"))
+    }
+
+    fn start(dir: &Path, mib: u32) -> Victim {
         let mut command = Command::new("sh");
         command.args(["-c", "ulimit -c unlimited; exec perl -e \"$1\" \"$2\"", "sh", PROGRAM, &mib.to_string()]);
-        let mut child = command.current_dir(dir).stdout(Stdio::piped()).spawn().expect("perl");
+        Victim(command.current_dir(dir).stdout(Stdio::piped()).spawn().expect("perl"))
+    }
+
+    fn await_ready(&mut self) {
         let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut line).expect("a line");
+        BufReader::new(self.0.stdout.take().expect("a pipe")).read_line(&mut line).expect("a line");
         assert_eq!(line, "ready\n");
-        Victim(child)
     }
 
     pub fn pid(&self) -> u32 {
@@ -61,12 +78,14 @@ pub fn crash(dir: &Path, signal: Signal, mib: u32) -> u32 {
     victim.crashed(signal)
 }
 
-/// Crashes so many programs, some at a time, by all signals in turn. Gives their pids.
+/// Crashes so many small programs, some at a time, by all signals in turn. Gives their pids.
 pub fn crash_many(dir: &Path, count: usize, at_a_time: usize) -> Vec<u32> {
     let mut pids = Vec::new();
     let signals: Vec<Signal> = SIGNALS.into_iter().cycle().take(count).collect();
     for some in signals.chunks(at_a_time) {
-        let victims: Vec<(Victim, Signal)> = some.iter().map(|signal| (Victim::new(dir, 1), *signal)).collect();
+        let mut victims: Vec<(Victim, Signal)> =
+            some.iter().map(|signal| (Victim::start_small(dir), *signal)).collect();
+        victims.iter_mut().for_each(|(victim, _)| victim.await_ready());
         victims.iter().for_each(|(victim, signal)| victim.kill(*signal));
         pids.extend(victims.into_iter().map(|(victim, signal)| victim.crashed(signal)));
     }

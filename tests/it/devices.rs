@@ -1,5 +1,17 @@
 //! Devices of the kernel's device mapper. Hosts need not have it: these tests are for the small guest of the lab
-//! (`tools/lab test --small`), one after the other.
+//! (`tools/lab test --small`), one after the other; [`refusals`] are for the hosts that have none.
+//!
+//! [`readme`] what go-dmflakey promises; [`modes`] what each mode does, and for how long; [`cut`] power failures under
+//! programs; [`layers`] a mount on top, delays and the log of writes; [`teardown`] that nothing stays and nothing else
+//! goes. By [`bench`], which checks at the end of each that the machine is as it was.
+
+mod bench;
+mod cut;
+mod layers;
+mod modes;
+mod readme;
+mod refusals;
+mod teardown;
 
 use crate::support::sh;
 

@@ -297,6 +297,15 @@ fn a_dead_mount_is_unmounted() {
 }
 
 #[test]
+fn a_dead_mount_is_replaced_although_the_kernel_still_has_its_attributes() {
+    let mut mounted = Mounted::new();
+    assert!(std::fs::metadata(&mounted.mountpoint).is_ok());
+    mounted.kill();
+    mounted.mount_again();
+    mounted.end();
+}
+
+#[test]
 fn a_stopped_daemon_is_forced() {
     let mounted = Mounted::new();
     signal(&mounted, Signal::SIGSTOP);

@@ -226,24 +226,12 @@ impl Mounted {
 
     /// One request on the socket.
     pub fn http(&self, method: &str, path: &str, body: Option<&Value>) -> Response {
-        let body = body.map(Value::to_string).unwrap_or_default();
-        let text = self.raw(&format!(
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n\
-             Content-Length: {}\r\n\r\n{body}",
-            body.len()
-        ));
-        parse_response(&text)
+        request(&self.socket, method, path, body)
     }
 
     /// Says something on the socket, and gives all that comes back.
     pub fn raw(&self, text: &str) -> String {
-        let mut stream = UnixStream::connect(&self.socket).expect("the socket");
-        stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
-        // A server that refuses may close before it has read everything.
-        let _ = stream.write_all(text.as_bytes());
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        String::from_utf8_lossy(&answer).into_owned()
+        say(&self.socket, text)
     }
 
     /// Puts a rule, which must be taken.
@@ -429,6 +417,27 @@ pub fn is_mounted(path: &Path) -> bool {
 fn open_to_all(path: &Path) {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(path, fs::Permissions::from_mode(0o777)).expect("permissions");
+}
+
+/// One request on a socket.
+pub fn request(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Response {
+    let body = body.map(Value::to_string).unwrap_or_default();
+    let text = format!(
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    parse_response(&say(socket, &text))
+}
+
+fn say(socket: &Path, text: &str) -> String {
+    let mut stream = UnixStream::connect(socket).expect("the socket");
+    stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
+    // A server that refuses may close before it has read everything.
+    let _ = stream.write_all(text.as_bytes());
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
 }
 
 fn parse_response(text: &str) -> Response {

@@ -1,10 +1,12 @@
 //! What is written down: leases, what was switched for them, and where cores are that have not been brought home. One
 //! file, for they change together.
 //!
-//! Read and written under the lock of the part; [`peek`] reads without it. Must never: be behind what was done.
+//! Read and written under the lock of the part; [`look`] and [`peek`] read without it. Must never: be behind what was
+//! done.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -34,6 +36,9 @@ pub struct Lease {
     pub until: Deadline,
     /// An agent has carried it out, elsewhere.
     pub by_agent: bool,
+    /// How much room it wants where cores go.
+    #[serde(default = "need")]
+    pub need: u64,
 }
 
 /// How far it has come. Only a process that was killed leaves one of the first or last.
@@ -55,11 +60,14 @@ pub struct Switch {
     pub means: Means,
     /// Where cores go meanwhile.
     pub fallback: PathBuf,
+    /// That directory was not there before.
+    #[serde(default)]
+    pub made: bool,
     /// Where they went before, as told to people.
     pub found: Value,
     pub how: String,
     pub since: String,
-    /// Why it could not be undone as yet, and when that is tried again.
+    /// Why it could not be undone as yet, or is not in force, and when that is tried again.
     pub trouble: Option<String>,
     pub again: Option<Deadline>,
 }
@@ -72,7 +80,7 @@ pub enum Means {
         over: PathBuf,
         device: String,
         root: PathBuf,
-        /// Was the directory a mountpoint before? If so, cores go home only to a mount.
+        /// Was the directory a mountpoint before, or will a unit make it one? Then cores go home only to a mount.
         mounted: bool,
     },
     Pattern {
@@ -88,7 +96,17 @@ pub struct Away {
     /// Where they belong; none if nobody knows.
     pub home: Option<PathBuf>,
     pub mounted: bool,
+    /// We have made the directory that they are in.
+    #[serde(default)]
+    pub made: bool,
     pub again: Option<Deadline>,
+    /// Why they have not come home.
+    #[serde(default)]
+    pub why: Option<String>,
+}
+
+fn need() -> u64 {
+    super::NEED
 }
 
 impl Means {
@@ -128,8 +146,14 @@ impl Lease {
     pub fn json(&self) -> Value {
         json!({
             "name": self.name, "owner": self.owner, "since": self.since, "by": if self.by_agent { "agent" } else { "self" },
-            "remaining_ms": milliseconds(self.until.left()), "for_ms": self.life_ms,
+            "remaining_ms": milliseconds(self.until.left()), "for_ms": self.life_ms, "need": self.need,
         })
+    }
+}
+
+impl Away {
+    pub fn json(&self) -> Value {
+        json!({"dir": self.dir, "home": self.home, "why": self.why})
     }
 }
 
@@ -149,8 +173,7 @@ impl Book {
     /// # Errors
     /// When it is there and cannot be read.
     pub fn read(part: &Part) -> Result<Book, Failure> {
-        let book = part.get(FILE).map_err(|error| Failure::failed(format!("the state of coredumps: {error}")))?;
-        Ok(book.unwrap_or_default())
+        Ok(part.get(FILE).map_err(|error| unreadable(part.path(), &error))?.unwrap_or_default())
     }
 
     /// # Errors
@@ -177,7 +200,7 @@ impl Book {
         self.leases.iter().any(|lease| !lease.by_agent && !lease.until.has_passed())
     }
 
-    /// When there is something to do that nobody asks for. Zero is now.
+    /// When a lease ends, or something is to be undone that nobody wants. Zero is now.
     pub fn due(&self) -> Option<Duration> {
         let ends = self.leases.iter().map(|lease| lease.until.left());
         let switch = self.switch.iter().filter_map(|switch| {
@@ -189,9 +212,13 @@ impl Book {
                 Stage::Taken | Stage::GivingBack => Some(again()),
             }
         });
+        ends.chain(switch).min()
+    }
+
+    /// When cores can be brought home. Zero is now.
+    pub fn carry_due(&self) -> Option<Duration> {
         let away = self.away.iter().filter(|away| self.can_be_emptied(away));
-        let away = away.map(|away| away.again.as_ref().map_or(Duration::ZERO, Deadline::left));
-        ends.chain(switch).chain(away).min()
+        away.map(|away| away.again.as_ref().map_or(Duration::ZERO, Deadline::left)).min()
     }
 
     /// Not while its home is covered, nor if nobody knows its home.
@@ -202,8 +229,30 @@ impl Book {
 }
 
 /// The book as it is now, without its lock.
+///
+/// # Errors
+/// When it is there and cannot be read: then nobody knows what is redirected.
+pub fn look(state: &StateDir) -> Result<Book, Failure> {
+    let part = state.path().join(PART);
+    match fs::read(part.join(format!("{FILE}.json"))) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| unreadable(&part, &error.into())),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(Book::default())
+        }
+        Err(error) => Err(unreadable(&part, &error)),
+    }
+}
+
+/// The same; one that cannot be read says nothing.
 pub fn peek(state: &StateDir) -> Book {
-    state.peek(PART).pop().unwrap_or_default()
+    look(state).unwrap_or_default()
+}
+
+fn unreadable(part: &Path, error: &io::Error) -> Failure {
+    let file = part.join(format!("{FILE}.json"));
+    let file = file.display();
+    let failure = Failure::failed(format!("{file} cannot be read, so nobody knows what is redirected: {error}"));
+    failure.hint(format!("umount what `findmnt` shows of ours on the core directory, then remove {file}"))
 }
 
 /// # Errors

@@ -71,18 +71,17 @@ fn directory(found: &Found, fallback: &Path, fills: &[PathBuf], mounts: &[Mount]
     let device = |path: &Path| mounts::holding(mounts, path).map(|mount| mount.device.as_str());
     let to_be_filled = |of: &str| fills.iter().any(|path| device(path) == Some(of));
     let refuge = device(fallback).unwrap_or_default();
-    let is_covered = fallback.starts_with(directory);
-    if is_covered || to_be_filled(refuge) {
-        let why = if is_covered { "is below the core directory" } else { "is on the filesystem that is to be filled" };
-        let detail = format!("{}, where cores should go instead, {why}", fallback.display());
+    is_refuge(fallback, fills, mounts)?;
+    if fallback.starts_with(directory) {
+        let detail = format!("{}, where cores should go instead, is below the core directory", fallback.display());
         return Err(Failure::conflict(detail).hint("--to DIR names another directory"));
     }
     // A unit that is not mounted at the moment is by the next core.
     let may_be_mounted = found.mounted_by.is_none() && found.unit.is_some();
     let why = if !fills.is_empty() && !to_be_filled(&mount.device) && !may_be_mounted {
         format!("cores go to {place}, on another filesystem than the one that is to be filled")
-    } else if mount.device == refuge && !may_be_mounted {
-        format!("cores go to {place}, which has no mount of another filesystem: there is nothing to redirect")
+    } else if mount.device == refuge && found.mounted_by.is_none() && !may_be_mounted {
+        format!("cores go to {place}, which has no mount: there is nothing to redirect")
     } else if found.taker == Taker::Directories {
         return pattern(found, fallback);
     } else {
@@ -90,6 +89,21 @@ fn directory(found: &Found, fallback: &Path, fills: &[PathBuf], mounts: &[Mount]
         return Ok(Choice::Bind { over: directory.clone(), why });
     };
     Ok(Choice::Nothing { why })
+}
+
+/// Will there be room where cores are to go, when the rest is full?
+///
+/// # Errors
+/// When it is to be filled too.
+pub fn is_refuge(fallback: &Path, fills: &[PathBuf], mounts: &[Mount]) -> Result<(), Failure> {
+    let device = |path: &Path| mounts::holding(mounts, path).map(|mount| mount.device.as_str());
+    let refuge = device(fallback);
+    if refuge.is_none() || fills.iter().all(|path| device(path) != refuge) {
+        return Ok(());
+    }
+    let place = fallback.display();
+    let detail = format!("{place}, where cores should go instead, is on the filesystem that is to be filled");
+    Err(Failure::conflict(detail).hint("--to DIR names another directory"))
 }
 
 fn reached_by(found: &Found) -> String {
@@ -130,6 +144,7 @@ mod tests {
             root: "/".into(),
             mountpoint: at.into(),
             options: "rw".into(),
+            filesystem_options: "rw".into(),
             filesystem: "ext4".into(),
             source: "/dev/x".into(),
         }

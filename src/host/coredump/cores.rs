@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
-use super::book::{self, Book};
+use super::book::{self, Away, Book};
 use super::failure::{Failure, about};
 use super::found::{Found, Ground, Taker};
 use super::home::cores;
@@ -24,6 +24,7 @@ use crate::sys::mounts::{self, Mount};
 /// # Errors
 /// When the system cannot be read.
 pub fn list(machine: &Machine) -> Result<Value, Failure> {
+    let _at_work = machine.begin();
     let ground = Ground::default();
     let book = book::peek(&machine.state);
     let ours = |mount: &Mount| book.switch.as_ref().is_some_and(|switch| switch.means.is(mount));
@@ -33,13 +34,28 @@ pub fn list(machine: &Machine) -> Result<Value, Failure> {
         _ => None,
     };
     let mut list = files(&found, &book);
-    for known in known.iter().flatten() {
-        match list.iter_mut().find(|core| core["pid"] == known["pid"] && core["coredumpctl"].is_null()) {
-            Some(core) => core["coredumpctl"] = known.clone(),
+    join(&mut list, known.iter().flatten());
+    let away: Vec<Value> = book.away.iter().map(Away::json).collect();
+    Ok(json!({"cores": list, "coredumpctl": known.is_some(), "directory": found.directory, "away": away}))
+}
+
+/// Puts what coredumpctl knows to the files that it is about: written by that process, and shortly before the entry, for
+/// pids come again. Of a core that was refused there is no file.
+fn join<'a>(list: &mut Vec<Value>, known: impl Iterator<Item = &'a Value>) {
+    let mut files: Vec<(usize, u64, u64)> = Vec::new();
+    for (i, core) in list.iter().enumerate() {
+        let named = core["name"].as_str().and_then(Named::of);
+        files.extend(named.map(|named| (i, named.pid, named.micros)));
+    }
+    for known in known {
+        let entered = known["time"].as_u64().unwrap_or_default();
+        let fits = |&&(_, pid, micros): &&(usize, u64, u64)| known["pid"] == pid && micros <= entered;
+        let nearest = files.iter().filter(fits).max_by_key(|(_, _, micros)| *micros).copied();
+        match nearest.filter(|(i, ..)| known["corefile"] != "none" && list[*i]["coredumpctl"].is_null()) {
+            Some((i, ..)) => list[i]["coredumpctl"] = known.clone(),
             None => list.push(without_file(known)),
         }
     }
-    Ok(json!({"cores": list, "coredumpctl": known.is_some(), "directory": found.directory}))
 }
 
 /// Those that are files.
@@ -98,15 +114,18 @@ fn without_file(known: &Value) -> Value {
 struct Named {
     comm: String,
     pid: u64,
+    /// When it died.
+    micros: u64,
 }
 
 impl Named {
     fn of(name: &str) -> Option<Named> {
         let name = [".zst", ".lz4", ".xz"].iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(name);
         let mut words = name.strip_prefix("core.")?.rsplitn(5, '.');
-        let (_time, pid, boot) = (words.next()?, words.next()?, words.next()?);
+        let (micros, pid, boot) = (words.next()?, words.next()?, words.next()?);
         let (_uid, comm) = (words.next()?, words.next()?);
-        (boot.len() == 32).then_some(Named { comm: comm.into(), pid: pid.parse().ok()? })
+        let (pid, micros) = (pid.parse().ok()?, micros.parse().ok()?);
+        (boot.len() == 32).then_some(Named { comm: comm.into(), pid, micros })
     }
 }
 
@@ -129,6 +148,20 @@ mod tests {
         let boot = "0123456789abcdef0123456789abcdef";
         let named = Named::of(&format!("core.my.prog.0.{boot}.4711.1700000000000000.zst")).unwrap();
         assert_eq!((named.comm.as_str(), named.pid), ("my.prog", 4711));
+        assert_eq!(named.micros, 1_700_000_000_000_000);
         assert!(Named::of("core.4711").is_none() && Named::of("core.a.b.c.d.e").is_none());
+    }
+
+    #[test]
+    fn an_entry_is_put_to_the_file_of_its_process_and_time_for_pids_come_again() {
+        let boot = "0123456789abcdef0123456789abcdef";
+        let file = |time: u64| json!({"name": format!("core.x.0.{boot}.7.{time}"), "pid": 7, "coredumpctl": null});
+        let entry = |time: u64, word: &str| json!({"pid": 7, "time": time, "corefile": word});
+        let mut list = vec![file(1_000_000), file(9_000_000)];
+        let known = [entry(500_000, "missing"), entry(1_200_000, "missing"), entry(5_000_000, "none")];
+        join(&mut list, known.iter().chain(&[entry(9_300_000, "present")]));
+        assert_eq!((list.len(), list[0]["coredumpctl"]["time"].as_u64()), (4, Some(1_200_000)));
+        assert_eq!(list[1]["coredumpctl"]["corefile"], "present");
+        assert!(list[2..].iter().all(|core| core["place"] == "nowhere"), "{list:?}");
     }
 }

@@ -47,6 +47,14 @@ impl Failure {
         Failure::new(Kind::Unsupported, detail)
     }
 
+    /// Several as one, of the sort of the first.
+    pub(super) fn all(failures: Vec<Failure>) -> Failure {
+        let kind = failures.first().map_or(Kind::Failed, |first| first.kind);
+        let hint = failures.iter().find_map(|failure| failure.hint.clone());
+        let details: Vec<String> = failures.into_iter().map(|failure| failure.detail).collect();
+        Failure { kind, detail: details.join("; "), hint }
+    }
+
     pub(super) fn hint(mut self, hint: impl Into<String>) -> Failure {
         self.hint = Some(hint.into());
         self

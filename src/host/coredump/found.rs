@@ -223,7 +223,7 @@ fn unit(ground: &Ground, directory: &Path) -> Option<String> {
 }
 
 /// The name of a mount unit: systemd.unit(5), "String escaping".
-fn unit_name(directory: &Path) -> String {
+pub fn unit_name(directory: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
     let path = directory.as_os_str().as_bytes();
     let path = path.strip_prefix(b"/").unwrap_or(path);

@@ -5,6 +5,7 @@
 //! while it copies, for that may take minutes. Must never: remove a core before its copy is on the disk, or put one in
 //! the place of another.
 
+use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -12,6 +13,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use nix::errno::Errno;
 use nix::fcntl::{RenameFlags, renameat2};
 use nix::sys::stat::futimens;
@@ -22,15 +24,20 @@ use serde_json::json;
 use super::book::{self, Away, Book};
 use super::{EVENT, room};
 use crate::host::Machine;
-use crate::host::state::Deadline;
+use crate::host::state::{Deadline, Part};
 use crate::sys::{mounts, xattr};
 
 /// One at a time carries.
 const PART: &str = "coredump-home";
 /// How soon it is tried again.
 const AGAIN: Duration = Duration::from_secs(10);
-/// What shall be left where a core comes home to.
-const MARGIN: u64 = 1 << 20;
+/// What is left free where a core comes home to, which may be a database's disk: `KeepFree=` of coredump.conf(5), in percent
+/// and at most.
+const KEEP_PERCENT: u64 = 15;
+const KEEP_MOST: u64 = 4 << 30;
+/// How often another one is waited for, and how long each time.
+const LOOKS: u32 = 20;
+const LOOK: Duration = Duration::from_millis(50);
 const PIECE: usize = 1 << 20;
 /// So many cores may have one name.
 const NAMESAKES: u32 = 100;
@@ -43,40 +50,55 @@ pub struct Carried {
     pub warnings: Vec<String>,
 }
 
+/// The right to carry; none while another one does, which is waited for shortly. Taken before cores are due, by who wants to
+/// tell what came of them.
+pub fn alone(machine: &Machine) -> Option<Part> {
+    for _ in 0..LOOKS {
+        match machine.state.try_part(PART) {
+            Ok(None) => std::thread::sleep(LOOK),
+            other => return other.ok().flatten(),
+        }
+    }
+    None
+}
+
 /// Brings home what can be.
-pub fn carry(machine: &Machine) -> Carried {
+pub fn carry(machine: &Machine, alone: Option<Part>) -> Carried {
     let mut carried = Carried::default();
     let book = book::peek(&machine.state);
     if book.away.is_empty() {
         return carried;
     }
     // Another one is at it, and tells.
-    let Ok(Some(_alone)) = machine.state.try_part(PART) else { return carried };
+    let Some(_alone) = alone else { return carried };
+    let mut reasons: HashMap<PathBuf, String> = HashMap::new();
     for away in book.away.iter().filter(|away| book.can_be_emptied(away)) {
         if let Err(reason) = empty(machine, away, &mut carried) {
             carried.warnings.push(format!("cores stay in {} as yet: {reason}", away.dir.display()));
+            reasons.insert(away.dir.clone(), reason);
         }
     }
     carried.away = book.away.iter().flat_map(|away| cores(&away.dir)).collect();
-    if let Err(failure) = settle(machine) {
+    if let Err(failure) = settle(machine, &reasons) {
         carried.warnings.push(failure.to_string());
     }
     carried
 }
 
-/// Strikes out directories that are empty by now.
-fn settle(machine: &Machine) -> Result<(), super::Failure> {
+/// Strikes out directories that are empty by now, and writes down why others are not.
+fn settle(machine: &Machine, reasons: &HashMap<PathBuf, String>) -> Result<(), super::Failure> {
     let part = book::lock(machine)?;
     let mut book = Book::read(&part)?;
     let (left, emptied): (Vec<Away>, _) = book.away.drain(..).partition(|away| has_cores(&away.dir));
     book.away = left;
     for away in &mut book.away {
         away.again = Some(Deadline::after(AGAIN));
+        away.why = reasons.get(&away.dir).cloned();
     }
     for away in emptied {
         let in_use = book.switch.as_ref().is_some_and(|switch| switch.fallback == away.dir);
         if !in_use {
-            remove_if_ours(machine, &away.dir);
+            remove_if_ours(machine, &away);
         }
     }
     book.write(&part)
@@ -87,8 +109,11 @@ fn ours(machine: &Machine) -> PathBuf {
 }
 
 /// Removes a fallback directory that we made, when it is empty.
-pub fn remove_if_ours(machine: &Machine, dir: &Path) {
-    let ours = ours(machine);
+pub fn remove_if_ours(machine: &Machine, away: &Away) {
+    let (ours, dir) = (ours(machine), &away.dir);
+    if away.made {
+        let _ = fs::remove_dir(dir);
+    }
     if dir.parent().is_some_and(|parent| parent == ours || ours.canonicalize().is_ok_and(|ours| parent == ours)) {
         let _ = fs::remove_dir(dir);
         let _ = fs::remove_dir(ours);
@@ -124,6 +149,7 @@ fn empty(machine: &Machine, away: &Away, carried: &mut Carried) -> Result<(), St
     {
         return Ok(());
     }
+    let mut stays = None;
     for core in cores(&away.dir) {
         match bring(&core, &dir, home) {
             Ok((to, warning)) => {
@@ -132,23 +158,21 @@ fn empty(machine: &Machine, away: &Away, carried: &mut Carried) -> Result<(), St
                 carried.home.push(to);
             }
             Err(error) => {
-                let error = format!("{}: {error}", core.display());
-                tracing::warn!(error, "a core stays away");
-                carried.warnings.push(error);
+                if away.again.is_none() {
+                    machine.tell(EVENT, json!({"action": "stays", "core": core, "error": error.to_string()}));
+                }
+                stays = Some(format!("{}: {error}", core.display()));
             }
         }
     }
-    Ok(())
+    stays.map_or(Ok(()), Err)
 }
 
 /// Copies one core into the directory, under its own name, and removes it where it was.
 fn bring(core: &Path, dir: &File, home: &Path) -> io::Result<(PathBuf, Option<String>)> {
     let from = File::open(core)?;
     let there = from.metadata()?;
-    let needs = there.blocks().saturating_mul(512).saturating_add(MARGIN);
-    if room::available(home)? < needs {
-        return Err(Errno::ENOSPC.into());
-    }
+    is_room(there.blocks().saturating_mul(512), home)?;
     let name = core.file_name().unwrap_or_default();
     let temporary = home.join(format!(".nemesisfs-{}", name.to_string_lossy()));
     let _ = fs::remove_file(&temporary);
@@ -161,6 +185,18 @@ fn bring(core: &Path, dir: &File, home: &Path) -> io::Result<(PathBuf, Option<St
     dir.sync_all()?;
     fs::remove_file(core)?;
     Ok((to, warning))
+}
+
+fn is_room(needs: u64, home: &Path) -> io::Result<()> {
+    let (available, total) = room::available_and_total(home)?;
+    let kept = (total / 100).saturating_mul(KEEP_PERCENT).min(KEEP_MOST);
+    if available >= needs.saturating_add(kept) {
+        return Ok(());
+    }
+    let size = |bytes| ByteSize::b(bytes).display().iec().to_string();
+    let (needs, available, kept) = (size(needs), size(available), size(kept));
+    let detail = format!("it needs {needs} of the {available} that are free at home, of which {kept} are to stay free");
+    Err(io::Error::new(io::ErrorKind::StorageFull, detail))
 }
 
 fn copy(from: &File, there: &fs::Metadata, temporary: &Path) -> io::Result<Option<String>> {

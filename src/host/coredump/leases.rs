@@ -8,20 +8,21 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::book::{self, Away, Book, Lease, Means, Stage, Switch, milliseconds};
-use super::choice::{Choice, choose};
+use super::choice::{Choice, choose, is_refuge};
 use super::failure::{Failure, Kind, about};
-use super::found::{self, Found, Ground, Hindrance};
+use super::found::{self, Found, Ground, Hindrance, Taker};
 use super::room::{Room, resolved};
 use super::steps::{self, What};
-use super::switch::{Place, Steps, is_done, place};
+use super::switch::{Place, Steps, by_others, is_done, pattern, place};
 use super::{By, EVENT, LIFE, NEED, OnLow, PATIENCE, Released, Taken, Wanted, flight, home};
 use crate::event::record::rfc3339;
-use crate::host::Machine;
 use crate::host::state::{Deadline, Part, boot, is_name};
 use crate::host::tool::Tools;
+use crate::host::{AtWork, Machine};
 use crate::sys::mounts;
 
 /// How soon what could not be undone is tried again.
@@ -30,6 +31,9 @@ const AGAIN: Duration = Duration::from_secs(5);
 const BRIEFLY: Duration = Duration::from_secs(2);
 /// How soon it comes again when another one is at it.
 const SOON: Duration = Duration::from_secs(1);
+/// How long a redirection that others have undone is left to them: systemd unmounts all before it mounts anew.
+const SETTLES: Duration = Duration::from_secs(1);
+const LOST: &str = "others have undone it; it is done again";
 
 /// Takes a lease, or renews it: from the return on cores go elsewhere, or have no need to.
 ///
@@ -44,7 +48,7 @@ pub fn redirect(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken,
 /// # Errors
 /// When there is none, and as [`redirect`].
 pub fn renew(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
-    let there = book::peek(&machine.state).lease(name).is_some_and(|lease| !lease.until.has_passed());
+    let there = book::look(&machine.state)?.lease(name).is_some_and(|lease| !lease.until.has_passed());
     if !there {
         let failure = Failure::new(Kind::NotFound, format!("there is no lease {name:?}"));
         return Err(failure.hint("it may have ended: `nemesisfs coredump status` lists those that there are"));
@@ -69,18 +73,30 @@ pub fn release_all(machine: &Machine, timeout: Duration) -> Result<Released, Fai
     Leases::of(machine).release(None, timeout)
 }
 
-/// How long until there is something to do that nobody asks for. Zero is now.
+/// How long until there is something to do that nobody asks for, but for bringing cores home. Zero is now.
 pub fn due(machine: &Machine) -> Option<Duration> {
-    book::peek(&machine.state).due()
+    due_on(&Ground::default(), &book::peek(&machine.state))
 }
 
-/// Do cores go elsewhere, or is there anything left to do about that?
+/// How long until cores can be brought home. Zero is now.
+pub fn carry_due(machine: &Machine) -> Option<Duration> {
+    book::peek(&machine.state).carry_due()
+}
+
+/// Do cores go elsewhere, or is there anything left to do about that? So it is when nobody can know.
 pub fn is_pending(machine: &Machine) -> bool {
-    let book = book::peek(&machine.state);
-    book.switch.is_some() || book.due().is_some()
+    let is = |book: Book| book.switch.is_some() || book.due().is_some() || book.carry_due().is_some();
+    book::look(&machine.state).map_or(true, is)
 }
 
-/// Ends leases whose time has come, undoes what nobody wants any more, whoever has begun it, and brings cores home.
+/// Brings home what can be, which may take minutes.
+pub fn carry(machine: &Machine) {
+    let _at_work = machine.begin();
+    home::carry(machine, home::alone(machine));
+}
+
+/// Ends leases whose time has come, undoes what nobody wants any more, whoever has begun it, and redirects again what
+/// others have undone.
 pub fn expire(machine: &Machine) {
     Leases::of(machine).expire();
 }
@@ -105,6 +121,15 @@ pub fn lease(machine: &Machine, name: &str) -> Option<Value> {
     book.lease(name).filter(|lease| !lease.until.has_passed()).map(Lease::json)
 }
 
+/// All that live.
+///
+/// # Errors
+/// When the state cannot be read.
+pub fn leases(machine: &Machine) -> Result<Vec<Value>, Failure> {
+    let book = book::look(&machine.state)?;
+    Ok(book.leases.iter().filter(|lease| !lease.until.has_passed()).map(Lease::json).collect())
+}
+
 /// Can this process change where cores go?
 ///
 /// # Errors
@@ -125,16 +150,22 @@ pub fn may_act() -> Result<(), Failure> {
 pub(super) struct Leases<'a> {
     machine: &'a Machine,
     ground: Ground,
+    /// A daemon that is needed for nothing else must not end meanwhile.
+    _at_work: AtWork<'a>,
+}
+
+fn filled(wanted: &Wanted) -> Vec<PathBuf> {
+    wanted.fills.iter().map(|path| resolved(path)).collect()
 }
 
 impl<'a> Leases<'a> {
     pub fn of(machine: &'a Machine) -> Leases<'a> {
-        Leases { machine, ground: Ground::default() }
+        Leases { machine, ground: Ground::default(), _at_work: machine.begin() }
     }
 
     #[cfg(test)]
     pub fn on(machine: &'a Machine, ground: Ground) -> Leases<'a> {
-        Leases { machine, ground }
+        Leases { machine, ground, _at_work: machine.begin() }
     }
 
     fn tell(&self, detail: Value) {
@@ -165,9 +196,13 @@ impl<'a> Leases<'a> {
         let mut steps = self.steps(wanted.patience);
         self.forget_broken(&mut book, &mut steps, &part)?;
         let renewed = book.lease(name).is_some();
+        let need = needed(book.lease(name), wanted);
+        let wanted = &Wanted { need: Some(need), ..wanted.clone() };
         let mut warnings = Vec::new();
         let (redirected, how, found) = match &book.switch {
             Some(switch) => {
+                is_refuge(&switch.fallback, &filled(wanted), &table()?)?;
+                self.check_room(&switch.fallback, wanted)?;
                 if wanted.to.as_ref().is_some_and(|to| resolved(to) != switch.fallback) {
                     warnings.push(format!("cores go to {} already, for another lease", switch.fallback.display()));
                 }
@@ -176,7 +211,7 @@ impl<'a> Leases<'a> {
             None => self.take(&mut book, name, wanted, &mut steps, &part)?,
         };
         let fallback = book.switch.as_ref().map(|switch| switch.fallback.clone());
-        let room = fallback.map(|dir| Room::look(&dir, wanted.need)).transpose()?;
+        let room = fallback.map(|dir| Room::look(&dir, need)).transpose()?;
         let lease = write_lease(&mut book, name, wanted, false);
         if let Some(switch) = &mut book.switch {
             (switch.stage, switch.trouble, switch.again) = (Stage::Taken, None, None);
@@ -190,6 +225,7 @@ impl<'a> Leases<'a> {
             self.tell(taken);
         }
         warnings.extend(room.as_ref().and_then(Room::complaint));
+        warnings.extend(book.switch.as_ref().and_then(|switch| self.closed_to_others(&switch.fallback)));
         let commands = steps.tools.lines;
         Ok(Taken { lease: name.into(), renewed, remaining_ms, redirected, how, found, room, commands, warnings })
     }
@@ -219,14 +255,13 @@ impl<'a> Leases<'a> {
     ) -> Result<(bool, String, Value), Failure> {
         let found = self.look()?;
         let fallback = self.fallback(&found, wanted);
-        let fills: Vec<PathBuf> = wanted.fills.iter().map(|path| resolved(path)).collect();
-        let choice = choose(&found, &fallback, &fills, &table()?)?;
+        let choice = choose(&found, &fallback, &filled(wanted), &table()?)?;
         if let Choice::Nothing { why } = &choice {
             return Ok((false, why.clone(), found.json()));
         }
         self.check_room(&fallback, wanted)?;
-        make(&fallback, &found)?;
-        let switch = planned(name, &found, &choice, fallback)?;
+        let made = make(&fallback, &found)?;
+        let switch = Switch { made, ..planned(name, &found, &choice, fallback)? };
         let how = switch.how.clone();
         book.switch = Some(switch.clone());
         write_lease(book, name, wanted, false);
@@ -259,13 +294,22 @@ impl<'a> Leases<'a> {
     }
 
     fn check_room(&self, fallback: &Path, wanted: &Wanted) -> Result<(), Failure> {
-        let room = Room::look(fallback, wanted.need)?;
+        let room = Room::look(fallback, wanted.need.unwrap_or(NEED))?;
         let Some(complaint) = room.complaint() else { return Ok(()) };
         self.machine.ring.change(super::EVENT, json!({"action": "low", "room": room}));
         match wanted.on_low {
             OnLow::Warn => Ok(()),
             OnLow::Refuse => Err(Failure::conflict(complaint).hint("--need SIZE, --to DIR, or --on-low warn")),
         }
+    }
+
+    /// A core that the kernel writes is written with the rights of the process: can all write where it goes?
+    fn closed_to_others(&self, fallback: &Path) -> Option<String> {
+        let found = self.look().ok()?;
+        let by_kernel = matches!(found.taker, Taker::Directory | Taker::Directories | Taker::WorkingDirectory);
+        let closed = closed_to_others(fallback).filter(|_| by_kernel)?;
+        let (fallback, closed) = (fallback.display(), closed.display());
+        Some(format!("{closed} is closed to others: processes that are not root's leave no cores in {fallback}"))
     }
 
     fn ask_to_redirect(&self, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
@@ -298,33 +342,60 @@ impl<'a> Leases<'a> {
     }
 
     pub fn release(&self, name: Option<&str>, timeout: Duration) -> Result<Released, Failure> {
+        let alone = home::alone(self.machine);
         let part = book::lock(self.machine)?;
         let mut book = Book::read(&part)?;
         self.drop_expired(&mut book);
-        let (gone, left): (Vec<Lease>, _) =
-            book.leases.drain(..).partition(|lease| name.is_none_or(|name| lease.name == name));
+        let is_meant = |lease: &Lease| name.is_none_or(|name| lease.name == name);
+        let of_agent: Vec<Lease> = book.leases.iter().filter(|l| l.by_agent && is_meant(l)).cloned().collect();
+        let (gone, left): (Vec<Lease>, _) = book.leases.drain(..).partition(|lease| !lease.by_agent && is_meant(lease));
         book.leases = left;
         book.write(&part)?;
         for lease in &gone {
             self.tell(json!({"action": "released", "lease": lease.name}));
         }
-        let mut released = Released { released: !gone.is_empty(), ..Released::default() };
+        let is_any = !gone.is_empty() || !of_agent.is_empty();
+        let mut released = Released { released: is_any, ..Released::default() };
         if !book.is_wanted() {
             let mut steps = self.steps(PATIENCE);
             released.warnings = self.undo(&mut book, &mut steps, &part)?;
             released.commands = steps.tools.lines;
         }
-        released.restored = book.switch.is_none();
-        released.leases = book.leases.iter().map(|lease| lease.name.clone()).collect();
         drop(part);
-        let carried = home::carry(self.machine);
+        let carried = home::carry(self.machine, alone);
         (released.brought_home, released.away) = (carried.home, carried.away);
         released.warnings.extend(carried.warnings);
-        for lease in gone.iter().filter(|lease| lease.by_agent) {
-            let answer = steps::ask(self.machine, What::Restore, &lease.name, Duration::ZERO, timeout)?;
-            released.commands.extend(answer.commands);
-        }
+        released.commands.extend(self.ask_to_restore(&of_agent, timeout)?);
+        let book = book::look(&self.machine.state)?;
+        released.restored = book.switch.is_none() && book.leases.iter().all(|lease| !lease.by_agent);
+        released.leases = book.leases.into_iter().map(|lease| lease.name).collect();
         Ok(released)
+    }
+
+    /// Has leases given back by their agent. One that it has not given back stays in the book until it ends by itself, as
+    /// it does on the node; the others go.
+    fn ask_to_restore(&self, leases: &[Lease], timeout: Duration) -> Result<Vec<String>, Failure> {
+        let (mut commands, mut failures) = (Vec::new(), Vec::new());
+        for lease in leases {
+            match steps::ask(self.machine, What::Restore, &lease.name, Duration::ZERO, timeout) {
+                Ok(answer) => {
+                    commands.extend(answer.commands);
+                    self.strike_out(lease)?;
+                }
+                Err(failure) => failures.push(failure),
+            }
+        }
+        if failures.is_empty() { Ok(commands) } else { Err(Failure::all(failures)) }
+    }
+
+    /// Not if somebody has taken it again meanwhile.
+    fn strike_out(&self, gone: &Lease) -> Result<(), Failure> {
+        let part = book::lock(self.machine)?;
+        let mut book = Book::read(&part)?;
+        book.leases.retain(|lease| lease.name != gone.name || lease.until != gone.until);
+        book.write(&part)?;
+        self.tell(json!({"action": "released", "lease": gone.name}));
+        Ok(())
     }
 
     /// Restores, if anything was switched. What is in the way is written down, told, and tried again later. Gives warnings.
@@ -359,9 +430,10 @@ impl<'a> Leases<'a> {
     fn put_away(&self, book: &mut Book) {
         let Some(switch) = book.switch.take() else { return };
         let mounted = matches!(switch.means, Means::Bind { mounted: true, .. });
-        let away = Away { dir: switch.fallback, home: switch.means.home(), mounted, again: None };
+        let (dir, home, made) = (switch.fallback, switch.means.home(), switch.made);
+        let away = Away { dir, home, mounted, made, again: None, why: None };
         if !home::has_cores(&away.dir) {
-            home::remove_if_ours(self.machine, &away.dir);
+            home::remove_if_ours(self.machine, &away);
         } else if book.away.iter().all(|known| known.dir != away.dir || known.home != away.home) {
             book.away.push(away);
         }
@@ -374,17 +446,21 @@ impl<'a> Leases<'a> {
     }
 
     pub fn expire(&self) -> Option<Duration> {
-        let wait = book::peek(&self.machine.state).due()?;
+        let wait = self.due()?;
         if !wait.is_zero() {
             return Some(wait);
         }
         match self.heal() {
             Ok(next) => next,
             Err(failure) => {
-                tracing::error!(%failure, "coredumps are not where they were");
+                complain(&failure);
                 Some(AGAIN)
             }
         }
+    }
+
+    pub fn due(&self) -> Option<Duration> {
+        due_on(&self.ground, &book::peek(&self.machine.state))
     }
 
     fn heal(&self) -> Result<Option<Duration>, Failure> {
@@ -403,11 +479,42 @@ impl<'a> Leases<'a> {
             let due = switch.again.as_ref().is_none_or(Deadline::has_passed);
             if due && (half_done || !book.is_wanted() || switch.boot != boot()) {
                 self.undo(&mut book, &mut self.steps(BRIEFLY), &part)?;
+            } else if due && Standing::of(&self.ground, &switch).needs_us() {
+                self.keep_in_force(&mut book, switch, &part)?;
             }
         }
         drop(part);
-        home::carry(self.machine);
-        Ok(book::peek(&self.machine.state).due())
+        Ok(self.due())
+    }
+
+    /// What is wanted and was taken has been undone by others, or stands again.
+    fn keep_in_force(&self, book: &mut Book, mut switch: Switch, part: &Part) -> Result<(), Failure> {
+        let known = switch.trouble.take();
+        let (trouble, again) = match Standing::of(&self.ground, &switch).now {
+            Now::InForce => (None, AGAIN),
+            Now::Covered(by) => (Some(by), AGAIN),
+            // Who has undone it may be about to mount something there.
+            Now::Lost if known.as_deref() != Some(LOST) => (Some(LOST.to_string()), SETTLES),
+            Now::Lost => match self.steps(BRIEFLY).take(&switch) {
+                Ok(()) => (None, AGAIN),
+                Err(failure) => {
+                    complain(&failure);
+                    (Some(LOST.to_string()), AGAIN)
+                }
+            },
+        };
+        if trouble != known {
+            let (means, to) = (switch.means.word(), &switch.fallback);
+            self.tell(match &trouble {
+                None => json!({"action": "redirected", "to": to, "how": switch.how, "again": true}),
+                Some(text) if text == LOST => json!({"action": "lost", "means": means, "to": to}),
+                Some(text) => json!({"action": "covered", "means": means, "to": to, "error": text}),
+            });
+        }
+        switch.again = trouble.is_some().then(|| Deadline::after(again));
+        switch.trouble = trouble;
+        book.switch = Some(switch);
+        book.write(part)
     }
 
     fn check_root(&self) -> Option<Room> {
@@ -426,7 +533,7 @@ impl<'a> Leases<'a> {
     }
 
     fn status(&self) -> Result<Value, Failure> {
-        let book = book::peek(&self.machine.state);
+        let book = book::look(&self.machine.state)?;
         let found = self.look()?;
         let fallback = book.switch.as_ref().map(|switch| switch.fallback.clone());
         let fallback = fallback.unwrap_or_else(|| self.fallback(&found, &Wanted::default()));
@@ -436,7 +543,7 @@ impl<'a> Leases<'a> {
         };
         let in_force = book.switch.as_ref().map(|switch| is_done(&self.ground, &switch.means));
         let covered = book.switch.as_ref().is_some_and(|switch| matches!(place(&switch.means), Ok(Place::Covered(_))));
-        let away: Vec<Value> = book.away.iter().map(|away| json!({"dir": away.dir, "home": away.home})).collect();
+        let away: Vec<Value> = book.away.iter().map(Away::json).collect();
         let hindrance = match found::hindrance(&self.ground) {
             None => Value::Null,
             Some(Hindrance::Privilege(why)) => why.into(),
@@ -448,6 +555,61 @@ impl<'a> Leases<'a> {
             "leases": book.leases.iter().map(Lease::json).collect::<Vec<_>>(), "away": away,
             "room": Room::look(&fallback, NEED)?, "in_flight": flight::now(),
         }))
+    }
+}
+
+/// How what was switched stands.
+struct Standing {
+    now: Now,
+    /// Was it told that it is not in force?
+    is_troubled: bool,
+}
+
+enum Now {
+    InForce,
+    /// By what somebody else has done, for people.
+    Covered(String),
+    Lost,
+}
+
+impl Standing {
+    fn of(ground: &Ground, switch: &Switch) -> Standing {
+        let now = match &switch.means {
+            Means::Bind { .. } => match place(&switch.means) {
+                Ok(Place::Absent) => Now::Lost,
+                Ok(Place::Covered(by)) => Now::Covered(by_others(&switch.means, &by)),
+                // Without a mount table nothing can be done about it.
+                Ok(Place::Uppermost) | Err(_) => Now::InForce,
+            },
+            Means::Pattern { old, new } => match pattern(ground) {
+                Ok(now) if now == *old => Now::Lost,
+                Ok(now) if now != *new => Now::Covered(format!("somebody has set kernel.core_pattern to {now:?}")),
+                Ok(_) | Err(_) => Now::InForce,
+            },
+        };
+        Standing { now, is_troubled: switch.trouble.is_some() }
+    }
+
+    fn needs_us(&self) -> bool {
+        self.is_troubled || !matches!(self.now, Now::InForce)
+    }
+}
+
+/// Also when what was taken, and is still wanted, is no longer in force.
+fn due_on(ground: &Ground, book: &Book) -> Option<Duration> {
+    let taken = |switch: &&Switch| switch.stage == Stage::Taken && switch.boot == boot() && book.is_wanted();
+    let broken = book.switch.as_ref().filter(taken).filter(|switch| Standing::of(ground, switch).needs_us());
+    let broken = broken.map(|switch| switch.again.as_ref().map_or(Duration::ZERO, Deadline::left));
+    book.due().into_iter().chain(broken).min()
+}
+
+/// Once for each failure in a row: it comes again as long as nothing changes.
+fn complain(failure: &Failure) {
+    static LAST: Mutex<String> = Mutex::new(String::new());
+    let (text, mut last) = (failure.to_string(), LAST.lock());
+    if *last != text {
+        tracing::error!(text, "coredumps cannot be brought back to where they went");
+        *last = text;
     }
 }
 
@@ -481,16 +643,25 @@ fn no_privilege(why: &str) -> Failure {
         .hint("run it as root, or with --by agent and `nemesisfs coredump agent` as root on the node")
 }
 
+/// What is not said stays as it was.
+fn needed(former: Option<&Lease>, wanted: &Wanted) -> u64 {
+    wanted.need.or(former.map(|lease| lease.need)).unwrap_or(NEED)
+}
+
 fn write_lease(book: &mut Book, name: &str, wanted: &Wanted, by_agent: bool) -> Lease {
     let former = book.lease(name).cloned();
     let life = wanted.life.or(former.as_ref().map(|lease| Duration::from_millis(lease.life_ms))).unwrap_or(LIFE);
     let lease = Lease {
         name: name.into(),
-        owner: wanted.owner.clone(),
+        owner: match &former {
+            Some(former) if wanted.owner.is_empty() => former.owner.clone(),
+            _ => wanted.owner.clone(),
+        },
         since: former.as_ref().map_or_else(|| rfc3339(SystemTime::now()), |lease| lease.since.clone()),
         life_ms: milliseconds(life),
         until: Deadline::after(life),
         by_agent,
+        need: needed(former.as_ref(), wanted),
     };
     book.leases.retain(|lease| lease.name != name);
     book.leases.push(lease.clone());
@@ -510,7 +681,8 @@ fn planned(lease: &str, found: &Found, choice: &Choice, fallback: PathBuf) -> Re
                 device: mount.device.clone(),
                 // Joined with nothing, a path would end in a slash.
                 root: if below == Path::new("") { mount.root.clone() } else { mount.root.join(below) },
-                mounted: found.mounted_by.is_some(),
+                // A unit that is not mounted now is by the next core, and covers what lies below.
+                mounted: found.mounted_by.is_some() || found.unit.is_some(),
             }
         }
         Choice::Pattern { new, .. } => Means::Pattern { old: found.pattern.clone(), new: new.clone() },
@@ -522,6 +694,7 @@ fn planned(lease: &str, found: &Found, choice: &Choice, fallback: PathBuf) -> Re
         stage: Stage::Taking,
         means,
         fallback,
+        made: false,
         found: found.json(),
         how: choice.why().into(),
         since: rfc3339(SystemTime::now()),
@@ -531,12 +704,12 @@ fn planned(lease: &str, found: &Found, choice: &Choice, fallback: PathBuf) -> Re
 }
 
 /// Makes the fallback directory, for those for whom the core directory is: with its owner and mode. Cores of a working
-/// directory are written by everybody.
-fn make(fallback: &Path, found: &Found) -> Result<(), Failure> {
+/// directory are written by everybody. Tells whether it was not there.
+fn make(fallback: &Path, found: &Found) -> Result<bool, Failure> {
     let is_new = !fallback.exists();
     fs::DirBuilder::new().recursive(true).mode(0o755).create(fallback).map_err(|error| about(fallback, &error))?;
     if !is_new {
-        return Ok(());
+        return Ok(false);
     }
     let like = match &found.directory {
         Some(directory) => {
@@ -547,5 +720,15 @@ fn make(fallback: &Path, found: &Found) -> Result<(), Failure> {
     };
     let owned = std::os::unix::fs::chown(fallback, Some(like.0), Some(like.1));
     let set = owned.and_then(|()| fs::set_permissions(fallback, fs::Permissions::from_mode(like.2)));
-    set.map_err(|error| about(fallback, &error))
+    set.map_err(|error| about(fallback, &error))?;
+    Ok(true)
+}
+
+/// The directory on the way that only some may enter, or the last one if only some may write there.
+fn closed_to_others(dir: &Path) -> Option<PathBuf> {
+    const ENTER: u32 = 0o001;
+    const WRITE: u32 = 0o003;
+    let lacks = |dir: &Path, bits: u32| fs::metadata(dir).is_ok_and(|there| there.mode() & bits != bits);
+    let above = dir.ancestors().skip(1).find(|above| lacks(above, ENTER));
+    above.or_else(|| lacks(dir, WRITE).then_some(dir)).map(Path::to_path_buf)
 }

@@ -31,7 +31,10 @@ use serde_json::Value;
 
 pub use cores::list;
 pub use failure::{Failure, Kind};
-pub use leases::{check_root, due, expire, is_pending, lease, may_act, redirect, release, release_all, renew, status};
+pub use leases::{
+    carry, carry_due, check_root, due, expire, is_pending, lease, leases, may_act, redirect, release, release_all,
+    renew, status,
+};
 pub use room::Room;
 
 /// The event that tells of all this.
@@ -67,13 +70,14 @@ pub enum By {
 pub struct Wanted {
     /// How long it lasts; none is what it had before, or [`LIFE`].
     pub life: Option<Duration>,
-    /// Who takes it, for people.
+    /// Who takes it, for people; empty is who had it before.
     pub owner: String,
     /// The directory that cores go to; none is one of ours.
     pub to: Option<PathBuf>,
     /// Places on the filesystems that are to be filled. None given: any core directory that has a mount is in danger.
     pub fills: Vec<PathBuf>,
-    pub need: u64,
+    /// How much room there should be where cores go; none is what the lease had before, or [`NEED`].
+    pub need: Option<u64>,
     pub on_low: OnLow,
     pub by: By,
     /// How long an agent may take.
@@ -89,7 +93,7 @@ impl Default for Wanted {
             owner: String::new(),
             to: None,
             fills: Vec::new(),
-            need: NEED,
+            need: None,
             on_low: OnLow::Warn,
             by: By::Auto,
             timeout: TIMEOUT,
@@ -132,4 +136,12 @@ pub struct Released {
     pub away: Vec<PathBuf>,
     pub commands: Vec<String>,
     pub warnings: Vec<String>,
+}
+
+impl Released {
+    /// There was no such lease, and nothing else to do.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        !self.released && self.commands.is_empty() && self.brought_home.is_empty() && self.warnings.is_empty()
+    }
 }

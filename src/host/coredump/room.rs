@@ -50,7 +50,13 @@ pub fn resolved(path: &Path) -> PathBuf {
     }
 }
 
-pub fn available(path: &Path) -> std::io::Result<u64> {
+fn available(path: &Path) -> std::io::Result<u64> {
+    available_and_total(path).map(|(available, _)| available)
+}
+
+/// In bytes, of the whole filesystem.
+pub fn available_and_total(path: &Path) -> std::io::Result<(u64, u64)> {
     let statvfs = statvfs(path)?;
-    Ok(statvfs.blocks_available().saturating_mul(statvfs.fragment_size()))
+    let bytes = |blocks: u64| blocks.saturating_mul(statvfs.fragment_size());
+    Ok((bytes(statvfs.blocks_available()), bytes(statvfs.blocks())))
 }

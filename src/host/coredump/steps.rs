@@ -74,9 +74,8 @@ pub(super) fn ask(
     };
     write(machine, &step)?;
     machine.tell(EVENT, told("wanted", &step));
-    let answer = wait(machine, &step.id, timeout);
-    remove(machine, &step.id)?;
-    match answer {
+    wait(machine, &step.id, timeout);
+    match take(machine, &step.id)? {
         Some(answer) if answer.ok => Ok(answer),
         Some(answer) => Err(Failure::failed(format!("the agent on the node has failed: {}", answer.said))),
         None => {
@@ -114,23 +113,33 @@ pub fn acknowledge(machine: &Machine, id: &str, answer: Answer) -> Result<(), Fa
     part.put(id, &step).map_err(cannot)
 }
 
+/// What carrying a step out has come to.
+#[derive(Debug)]
+pub struct Done {
+    pub answer: Answer,
+    /// A lease was taken that was not there before: it goes again if nobody hears of it.
+    pub is_new: bool,
+}
+
 /// Carries a step out, on the node.
-pub fn carry_out(machine: &Machine, wanted: &super::Wanted, step: What, lease: &str, life: Duration) -> Answer {
+pub fn carry_out(machine: &Machine, wanted: &super::Wanted, step: What, lease: &str, life: Duration) -> Done {
     let life = life.min(LONGEST);
     let lease = &lease_of_agent(lease);
+    let done = |redirected, said, commands| Answer { ok: true, redirected, said, commands };
     let result = match step {
         What::Redirect => {
             let wanted = super::Wanted { life: Some(life), by: super::By::Auto, ..wanted.clone() };
-            leases::redirect(machine, lease, &wanted).map(|taken| (taken.redirected, taken.how, taken.commands))
+            let taken = leases::redirect(machine, lease, &wanted);
+            taken.map(|taken| (!taken.renewed, done(taken.redirected, taken.how, taken.commands)))
         }
         What::Restore => leases::release(machine, lease, Duration::ZERO).map(|released| {
             let said = released.warnings.join("; ");
-            (false, if said.is_empty() { "given back".into() } else { said }, released.commands)
+            (false, done(false, if said.is_empty() { "given back".into() } else { said }, released.commands))
         }),
     };
     match result {
-        Ok((redirected, said, commands)) => Answer { ok: true, redirected, said, commands },
-        Err(failure) => Answer { said: failure.to_string(), ..Answer::default() },
+        Ok((is_new, answer)) => Done { answer, is_new },
+        Err(failure) => Done { answer: Answer { said: failure.to_string(), ..Answer::default() }, is_new: false },
     }
 }
 
@@ -139,25 +148,27 @@ fn lease_of_agent(lease: &str) -> String {
     format!("agent.{lease}")
 }
 
-fn wait(machine: &Machine, id: &str, timeout: Duration) -> Option<Answer> {
+fn wait(machine: &Machine, id: &str, timeout: Duration) {
     let until = Instant::now() + timeout;
-    while Instant::now() < until {
+    let is_answered = || {
         let steps: Vec<Step> = machine.state.peek(PART);
-        let answered = steps.into_iter().find(|step| step.id == id && step.answer.is_some());
-        if let Some(answer) = answered.and_then(|step| step.answer) {
-            return Some(answer);
-        }
+        steps.iter().any(|step| step.id == id && step.answer.is_some())
+    };
+    while Instant::now() < until && !is_answered() {
         std::thread::sleep(LOOK);
     }
-    None
 }
 
 fn write(machine: &Machine, step: &Step) -> Result<(), Failure> {
     machine.state.part(PART).and_then(|part| part.put(&step.id, step)).map_err(cannot)
 }
 
-fn remove(machine: &Machine, id: &str) -> Result<(), Failure> {
-    machine.state.part(PART).and_then(|part| part.remove(id)).map_err(cannot)
+/// The answer, and an end to the step, at once: an agent that was told that it was in time is heard.
+fn take(machine: &Machine, id: &str) -> Result<Option<Answer>, Failure> {
+    let part = machine.state.part(PART).map_err(cannot)?;
+    let step: Option<Step> = part.get(id).map_err(cannot)?;
+    part.remove(id).map_err(cannot)?;
+    Ok(step.and_then(|step| step.answer))
 }
 
 fn cannot(error: std::io::Error) -> Failure {

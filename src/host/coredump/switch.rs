@@ -56,6 +56,13 @@ pub fn place(means: &Means) -> Result<Place, Failure> {
     })
 }
 
+/// What lies over ours, for people.
+pub fn by_others(means: &Means, by: &Mount) -> String {
+    let place = means.home().unwrap_or_default();
+    let (place, what, root) = (place.display(), &by.source, by.root.display());
+    format!("somebody has mounted {what} ({root}) over ours on {place}: umount {place} first")
+}
+
 /// Is it in force?
 pub fn is_done(ground: &Ground, means: &Means) -> bool {
     match means {
@@ -116,22 +123,18 @@ impl Steps<'_> {
         for _ in 0..MOST {
             match place(means).map_err(|failure| failure.to_string())? {
                 Place::Absent => return Ok(self.home_is_missing(over, mounted).into_iter().collect()),
-                Place::Covered(by) => {
-                    let (place, what, root) = (over.display(), &by.source, by.root.display());
-                    return Err(format!(
-                        "somebody has mounted {what} ({root}) over ours on {place}: umount {place} first"
-                    ));
-                }
+                Place::Covered(by) => return Err(by_others(means, &by)),
                 Place::Uppermost => self.unmount(over)?,
             }
         }
         Err(format!("{} is covered again and again", over.display()))
     }
 
-    /// Somebody has taken more away than we did, such as `systemctl stop` of a mount unit.
+    /// Somebody has taken more away than we did, such as `systemctl stop` of a mount unit, or the unit was not mounted.
     fn home_is_missing(&self, over: &Path, mounted: bool) -> Option<String> {
         let is_mounted = || mounts::at(over).ok().flatten().is_some();
-        let text = || format!("{} was a mountpoint before and is none now: not our doing, left alone", over.display());
+        let text =
+            || format!("nothing is mounted on {}, which is left alone: cores come home when it is", over.display());
         (mounted && !is_mounted()).then(text)
     }
 

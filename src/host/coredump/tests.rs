@@ -2,13 +2,14 @@
 //! a directory that goes away. As root.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
 
 use super::book::{self, Book, Means, Stage};
-use super::found::Ground;
+use super::found::{self, Ground};
 use super::leases::Leases;
 use super::*;
 use crate::event::{Cursor, Read};
@@ -80,6 +81,13 @@ impl Rig {
         self.leases().release(Some(name), Duration::ZERO).unwrap()
     }
 
+    /// What the `machine` thread does when its times come. Gives when the next one comes.
+    fn pass(&self) -> Option<Duration> {
+        self.leases().expire();
+        carry(&self.machine);
+        self.leases().due().into_iter().chain(carry_due(&self.machine)).min()
+    }
+
     /// The mounts on the core directory, the uppermost last, each by what it shows.
     fn mounted(&self) -> Vec<PathBuf> {
         let table = mounts::all().unwrap();
@@ -126,7 +134,7 @@ impl Drop for Rig {
 }
 
 fn wanted() -> Wanted {
-    Wanted { need: 0, patience: Duration::from_secs(20), ..Wanted::default() }
+    Wanted { need: Some(0), patience: Duration::from_secs(20), ..Wanted::default() }
 }
 
 fn write(path: PathBuf) {
@@ -167,14 +175,160 @@ fn coredump_to_root_exception_handling() {
     let attempts: Vec<Value> = rig.told("step").into_iter().map(|step| step["attempt"].clone()).collect();
     assert_eq!(attempts, [1, 2, 3, 4, 5]);
     assert_eq!(rig.told("failed").len(), 1);
-    // Who takes a lease may fail before it is given back, or be killed: its time ends it.
+    // One that cannot be taken leaves the lease of another as it is.
+    rig.redirect("b");
+    let failure = rig.leases().redirect("c", &Wanted { fills: vec![rig.path("state")], ..wanted() }).unwrap_err();
+    assert_eq!((failure.kind, rig.mounted().len(), rig.book().leases.len()), (Kind::Conflict, 2, 1));
+    // Umount fails: it is told, and nothing is forgotten.
+    let blocked = rig.core_dir();
+    rig.tmpfs("other");
+    rig.run(&["mount", "--bind", &rig.text("other"), &blocked.display().to_string()]);
+    assert!(!rig.release("b").restored && rig.book().switch.is_some());
+    mounts::unmount(&blocked, false).unwrap();
+    rig.change_book(|book| book.switch.as_mut().unwrap().again = None);
+    assert_eq!(rig.pass(), None);
+    assert!(rig.is_as_before());
+}
+
+#[test]
+fn a_lease_whose_time_has_come_is_ended_and_told() {
+    let rig = Rig::with_mount();
     let short = Wanted { life: Some(Duration::from_millis(300)), ..wanted() };
     assert!(rig.leases().redirect("b", &short).unwrap().redirected);
-    assert!(rig.leases().expire().is_some_and(|wait| !wait.is_zero()) && rig.mounted().len() == 2);
+    assert!(rig.pass().is_some_and(|wait| !wait.is_zero()) && rig.mounted().len() == 2);
     std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(rig.leases().expire(), None);
+    assert_eq!(rig.pass(), None);
     assert!(rig.is_as_before());
     assert_eq!(rig.told("expired").len(), 1);
+}
+
+#[test]
+fn cores_are_not_carried_below_a_mountpoint_that_a_unit_will_cover() {
+    let rig = Rig::new(SYSTEMD);
+    rig.tmpfs("data");
+    let units = rig.path("root/etc/systemd/system");
+    fs::create_dir_all(&units).unwrap();
+    fs::write(units.join(found::unit_name(&rig.core_dir())), "").unwrap();
+    rig.redirect("a");
+    write(rig.core_dir().join("core.1"));
+    let released = rig.release("a");
+    assert!(released.restored && released.brought_home.is_empty() && released.away.len() == 1, "{released:?}");
+    assert!(fs::read_dir(rig.core_dir()).unwrap().next().is_none());
+    let why = rig.book().away[0].why.clone();
+    assert!(why.as_ref().is_some_and(|why| why.ends_with("is not mounted")), "{why:?}");
+    // The next crash starts the unit.
+    rig.run(&["mount", "--bind", &rig.text("data"), &rig.core_dir().display().to_string()]);
+    rig.change_book(|book| book.away[0].again = None);
+    rig.pass();
+    assert!(rig.path("data/core.1").exists() && rig.book().away.is_empty());
+}
+
+#[test]
+fn what_others_undo_while_it_is_wanted_is_told_and_done_again() {
+    let rig = Rig::with_mount();
+    rig.redirect("a");
+    assert!(rig.leases().due().is_some_and(|wait| !wait.is_zero()), "in force, nothing is due");
+    mounts::unmount(&rig.core_dir(), false).unwrap();
+    assert_eq!(rig.leases().due(), Some(Duration::ZERO));
+    rig.pass();
+    assert_eq!((rig.told("lost").len(), rig.mounted().len()), (1, 1), "they may be about to mount");
+    assert!(rig.leases().due().is_some_and(|wait| !wait.is_zero()));
+    rig.change_book(|book| book.switch.as_mut().unwrap().again = None);
+    rig.pass();
+    assert_eq!((rig.told("lost").len(), rig.mounted().len()), (1, 2));
+    assert!(rig.told("redirected").last().unwrap()["again"] == true && rig.book().switch.unwrap().trouble.is_none());
+    write(rig.core_dir().join("core.1"));
+    assert!(!rig.path("data/cores/core.1").exists());
+    assert!(rig.release("a").restored && rig.is_as_before() && rig.path("data/cores/core.1").exists());
+}
+
+#[test]
+fn somebody_elses_mount_over_ours_is_told_once_while_the_lease_lives_and_its_end_too() {
+    let rig = Rig::with_mount();
+    rig.redirect("a");
+    rig.tmpfs("other");
+    rig.run(&["mount", "--bind", &rig.text("other"), &rig.core_dir().display().to_string()]);
+    for _ in 0..3 {
+        assert_eq!(rig.leases().due(), Some(Duration::ZERO));
+        rig.pass();
+        rig.change_book(|book| book.switch.as_mut().unwrap().again = None);
+    }
+    assert_eq!((rig.told("covered").len(), rig.mounted().len()), (1, 3));
+    mounts::unmount(&rig.core_dir(), false).unwrap();
+    rig.pass();
+    assert!(rig.book().switch.unwrap().trouble.is_none() && rig.told("redirected").len() == 2);
+    assert!(rig.leases().due().is_some_and(|wait| !wait.is_zero()));
+    assert!(rig.release("a").restored && rig.is_as_before());
+}
+
+#[test]
+fn a_pattern_that_others_have_set_back_is_set_again_and_one_of_theirs_is_left_alone() {
+    let rig = Rig::new("core");
+    rig.redirect("a");
+    let ours = fs::read_to_string(&rig.ground.pattern).unwrap();
+    fs::write(&rig.ground.pattern, "core").unwrap();
+    for _ in 0..2 {
+        rig.change_book(|book| book.switch.as_mut().unwrap().again = None);
+        rig.pass();
+    }
+    assert_eq!(fs::read_to_string(&rig.ground.pattern).unwrap(), ours);
+    fs::write(&rig.ground.pattern, "/theirs/core").unwrap();
+    rig.pass();
+    assert_eq!(fs::read_to_string(&rig.ground.pattern).unwrap(), "/theirs/core");
+    assert_eq!((rig.told("lost").len(), rig.told("covered").len()), (1, 1));
+}
+
+#[test]
+fn a_book_that_cannot_be_read_is_told_by_name_and_no_daemon_ends_for_want_of_work() {
+    let rig = Rig::with_mount();
+    rig.redirect("a");
+    let file = rig.path("state/coredump/book.json");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, &text[..40]).unwrap();
+    assert!(is_pending(&rig.machine));
+    let status = status(&rig.machine).unwrap_err();
+    let released = rig.leases().release(None, Duration::ZERO).unwrap_err();
+    for failure in [status, released] {
+        let hint = failure.hint.unwrap();
+        assert!(failure.detail.contains("book.json") && hint.contains("book.json"), "{} {hint}", failure.detail);
+    }
+    fs::write(&file, text).unwrap();
+    assert!(rig.release("a").restored && rig.is_as_before());
+}
+
+#[test]
+fn a_lease_that_is_renewed_keeps_what_is_not_said() {
+    let rig = Rig::with_mount();
+    let first = Wanted { owner: "me".into(), need: Some(7), life: Some(Duration::from_secs(60)), ..wanted() };
+    rig.leases().redirect("a", &first).unwrap();
+    let again = Wanted { need: None, ..wanted() };
+    assert!(rig.leases().redirect("a", &again).unwrap().renewed);
+    let lease = rig.book().leases[0].clone();
+    assert_eq!((lease.owner.as_str(), lease.need, lease.life_ms), ("me", 7, 60_000));
+    assert_eq!(leases(&rig.machine).unwrap().len(), 1);
+    rig.release("a");
+    assert!(rig.release("a").is_nothing());
+}
+
+#[test]
+fn where_the_kernel_writes_a_fallback_that_is_closed_to_others_is_told() {
+    let rig = Rig::new("core");
+    fs::create_dir(rig.path("open")).unwrap();
+    let set = |path: &Path, mode| fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    set(&rig.path(""), 0o755);
+    let warned = |mode| {
+        set(&rig.path("open"), mode);
+        let taken = rig.leases().redirect("a", &Wanted { to: Some(rig.path("open")), ..wanted() }).unwrap();
+        rig.release("a");
+        taken.warnings.iter().any(|warning| warning.contains("closed to others"))
+    };
+    assert_eq!([0o1777, 0o755, 0o700].map(warned), [false, true, true]);
+    assert!(rig.path("open").exists(), "it was there before");
+    set(&rig.path(""), 0o700);
+    assert!(warned(0o1777), "nobody gets there");
+    rig.leases().redirect("a", &Wanted { to: Some(rig.path("new")), ..wanted() }).unwrap();
+    rig.release("a");
+    assert!(!rig.path("new").exists(), "we have made it");
 }
 
 #[test]
@@ -210,22 +364,24 @@ fn coredump_to_root_no_mount() {
 #[test]
 fn what_a_killed_daemon_has_done_half_is_undone() {
     let rig = Rig::with_mount();
-    for stage in [Stage::Taking, Stage::GivingBack] {
+    // Killed before or after the mount was made, or before or after it was undone.
+    for (stage, is_mounted) in
+        [(Stage::Taking, false), (Stage::Taking, true), (Stage::GivingBack, true), (Stage::GivingBack, false)]
+    {
         rig.redirect("a");
+        write(rig.core_dir().join("core.1"));
         rig.change_book(|book| {
             book.switch.as_mut().unwrap().stage = stage;
             // Who was giving back had struck the lease out.
             book.leases.retain(|_| stage == Stage::Taking);
         });
-        assert_eq!(rig.leases().expire(), None, "{stage:?}");
-        assert!(rig.is_as_before(), "{stage:?}");
+        if !is_mounted {
+            mounts::unmount(&rig.core_dir(), false).unwrap();
+        }
+        assert_eq!(rig.pass(), None, "{stage:?} {is_mounted}");
+        assert!(rig.is_as_before(), "{stage:?} {is_mounted}");
+        fs::remove_file(rig.path("data/cores/core.1")).expect("it is at home");
     }
-    // Killed before the mount was made.
-    rig.redirect("a");
-    rig.change_book(|book| book.switch.as_mut().unwrap().stage = Stage::Taking);
-    mounts::unmount(&rig.core_dir(), false).unwrap();
-    rig.leases().expire();
-    assert!(rig.is_as_before());
 }
 
 #[test]
@@ -235,7 +391,7 @@ fn after_a_reboot_cores_come_home_and_nothing_is_unmounted() {
     write(rig.core_dir().join("core.1"));
     mounts::unmount(&rig.core_dir(), false).unwrap();
     rig.change_book(|book| book.switch.as_mut().unwrap().boot = "another".into());
-    rig.leases().expire();
+    rig.pass();
     assert!(rig.path("data/cores/core.1").exists());
     assert_eq!(rig.mounted(), [PathBuf::from("/cores")]);
     assert!(rig.book().switch.is_none());
@@ -256,7 +412,7 @@ fn a_mount_of_others_over_ours_is_left_alone_and_told_and_ours_goes_when_it_has_
     assert_eq!(rig.leases().redirect("b", &wanted()).unwrap_err().kind, Kind::Conflict);
     mounts::unmount(&rig.core_dir(), false).unwrap();
     rig.change_book(|book| book.switch.as_mut().unwrap().again = None);
-    rig.leases().expire();
+    rig.pass();
     assert!(rig.is_as_before());
 }
 
@@ -281,11 +437,11 @@ fn a_core_that_does_not_fit_stays_in_the_list_and_comes_home_later() {
     fs::write(rig.path("data/fill"), vec![7; 8 << 20]).unwrap();
     let released = rig.release("a");
     assert!(released.restored && released.brought_home.is_empty() && released.away.len() == 1, "{released:?}");
-    assert!(released.warnings[0].contains("No space left"), "{released:?}");
-    assert!(rig.book().due().is_some_and(|wait| !wait.is_zero()), "it is tried again");
+    assert!(released.warnings[0].contains("are to stay free"), "{released:?}");
+    assert!(rig.book().carry_due().is_some_and(|wait| !wait.is_zero()), "it is tried again");
     fs::remove_file(rig.path("data/fill")).unwrap();
     rig.change_book(|book| book.away[0].again = None);
-    rig.leases().expire();
+    rig.pass();
     assert_eq!(fs::read(rig.path("data/cores/core.1")).unwrap().len(), 12 << 20);
     assert!(rig.book().away.is_empty() && !rig.path("state/cores").exists());
 }
@@ -312,14 +468,14 @@ fn a_relative_pattern_is_set_back_after_a_kill() {
         assert!(matches!(book.switch.as_ref().unwrap().means, Means::Pattern { .. }));
         book.leases.clear();
     });
-    rig.leases().expire();
+    rig.pass();
     assert_eq!(fs::read_to_string(&rig.ground.pattern).unwrap(), "core.%p");
 }
 
 #[test]
 fn too_little_room_is_told_or_refused_before_anything_is_done() {
     let rig = Rig::with_mount();
-    let low = Wanted { need: u64::MAX, ..wanted() };
+    let low = Wanted { need: Some(u64::MAX), ..wanted() };
     let failure = rig.leases().redirect("a", &Wanted { on_low: OnLow::Refuse, ..low.clone() }).unwrap_err();
     assert_eq!(failure.kind, Kind::Conflict);
     assert!(rig.is_as_before() && rig.told("step").is_empty());
@@ -345,6 +501,24 @@ fn wrong_input_is_refused_and_changes_nothing() {
 }
 
 #[test]
+fn an_agent_is_told_that_it_was_in_time_when_who_asked_hears_it() {
+    let rig = Rig::with_mount();
+    for early in 0..12 {
+        let timeout = Duration::from_millis(110);
+        let wanted = Wanted { by: By::Agent, timeout, ..wanted() };
+        let (asked, told) = std::thread::scope(|scope| {
+            let asking = scope.spawn(|| rig.leases().redirect("a", &wanted));
+            std::thread::sleep(timeout - Duration::from_millis(early));
+            let id = steps::waiting(&rig.machine).pop().map(|step| step["step_id"].as_str().unwrap().to_string());
+            let answer = steps::Answer { ok: true, ..steps::Answer::default() };
+            let told = id.is_some_and(|id| steps::acknowledge(&rig.machine, &id, answer).is_ok());
+            (asking.join().unwrap().is_ok(), told)
+        });
+        assert_eq!(asked, told, "{early} ms before the end");
+    }
+}
+
+#[test]
 fn an_agent_that_does_not_answer_is_an_error_and_one_that_does_is_heard() {
     let rig = Rig::with_mount();
     let wanted = |ms| Wanted { by: By::Agent, timeout: Duration::from_millis(ms), ..wanted() };
@@ -366,6 +540,12 @@ fn an_agent_that_does_not_answer_is_an_error_and_one_that_does_is_heard() {
     });
     assert!(taken.redirected && rig.book().leases[0].by_agent);
     assert_eq!(rig.mounted().len(), 1, "we have done nothing ourselves");
+    // What the agent has not given back stays in the book; the lease of another goes.
+    rig.redirect("b");
+    let failure = rig.leases().release(None, Duration::from_millis(100)).unwrap_err();
+    assert!(failure.kind == Kind::Conflict && failure.to_string().contains("no agent"), "{failure:?}");
+    let left: Vec<String> = rig.book().leases.into_iter().map(|lease| lease.name).collect();
+    assert_eq!((left, rig.mounted().len()), (vec!["a".to_string()], 1));
     let late = steps::acknowledge(&rig.machine, "b-1-0", steps::Answer::default()).unwrap_err();
     assert_eq!(late.kind, Kind::NotFound);
 }

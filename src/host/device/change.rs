@@ -1,8 +1,10 @@
 //! Changes what is wrong with a device: its mode, and whether it stands still; and ends both when their time has come.
 //!
-//! On a helper thread, and `expire` on the `machine` thread; under the lock of the part. The record is written before the
-//! table is exchanged: a time that was set is kept by every daemon, whatever becomes of this one.
+//! On a helper thread, and what `expire` ends on one for each device; under the lock of the record. The record is written
+//! before the table is exchanged: a time that was set is kept by every daemon, whatever becomes of this one. Must never:
+//! wait under the lock for a filesystem, which may wait for what has to be ended.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -11,9 +13,10 @@ use serde_json::{Value, json};
 use super::mapping::{self, Mapping, Quiet};
 use super::record::{Record, Stage, Stall};
 use super::table::{Mode, Wanted, Word};
-use super::{Job, PART, Refused, duration, filesystem, invalid, remove};
+use super::{Job, PART, Refused, cut, duration, filesystem, invalid, remove};
 use crate::host::Machine;
 use crate::host::state::Deadline;
+use crate::host::tool::Tools;
 
 /// # Errors
 /// With the place of what makes no sense, what the kernel lacks, or what dmsetup said; then it is as it was.
@@ -23,17 +26,25 @@ pub fn set_mode(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Value,
     if life.is_some() && mode.is_idle() {
         return Err(invalid("for", "for: allow_writes has no end, it is what modes go back to"));
     }
-    let mut job = Job::begin(machine)?;
-    let mut record = job.ready(name)?;
-    mapping::supports(mode.target())?;
-    job.warnings.extend(mode.warnings());
-    let old = std::mem::replace(&mut record.mode, mode);
-    let was_until = std::mem::replace(&mut record.until, life.map(Deadline::after));
     let quiet = match (wanted.sync_fs, wanted.no_lockfs) {
         (false, _) => Quiet::AsItIs,
         (true, true) => Quiet::Synced,
         (true, false) => Quiet::Frozen,
     };
+    let mut synced = Tools::default();
+    if quiet == Quiet::Synced {
+        sync(machine, name, &mut synced)?;
+    }
+    let mut job = Job::begin(machine, name)?;
+    let mut record = job.ready(name)?;
+    mapping::supports(mode.target())?;
+    if quiet != Quiet::AsItIs {
+        goes_on(&record)?;
+    }
+    job.tools.lines.extend(synced.lines);
+    job.warnings.extend(mode.warnings());
+    let old = std::mem::replace(&mut record.mode, mode);
+    let was_until = std::mem::replace(&mut record.until, life.map(Deadline::after));
     if let Err(refused) = exchange(&mut job, &record, quiet) {
         // As it was; a time that had been set still comes.
         let _ = job.save(&Record { mode: old, until: was_until, ..record });
@@ -46,12 +57,31 @@ pub fn set_mode(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Value,
     Ok(job.done(&record, undo))
 }
 
+/// Before the lock is taken, for it may wait as long as the device does.
+fn sync(machine: &Machine, name: &str, tools: &mut Tools) -> Result<(), Refused> {
+    let _at_work = machine.begin();
+    let record = Job::begin(machine, name)?.ready(name)?;
+    let mapping = goes_on(&record)?;
+    filesystem::sync(tools, &filesystem::mounts_of(&record, &mapping))
+}
+
+/// # Errors
+/// When it stands still: then nothing can be written, and so nothing saved.
+fn goes_on(record: &Record) -> Result<Mapping, Refused> {
+    let mapping = mapping_of(record)?;
+    match mapping.is_suspended {
+        false => Ok(mapping),
+        true => {
+            let detail = format!("device {} is suspended: its filesystem cannot be synchronised", record.name);
+            Err(Refused::conflict(detail)
+                .hint(format!("nemesisfs device resume {}, or leave out --sync-fs", record.name)))
+        }
+    }
+}
+
 /// Puts the record's mode in force.
 pub(super) fn exchange(job: &mut Job, record: &Record, quiet: Quiet) -> Result<(), Refused> {
     let mapping = mapping_of(record)?;
-    if quiet == Quiet::Synced {
-        filesystem::sync(&mut job.tools, &filesystem::mounts_of(record, &mapping))?;
-    }
     job.save(record)?;
     mapping::switch(&mut job.tools, &mapping, &record.mode, &record.table(), quiet)
 }
@@ -74,7 +104,7 @@ pub struct AskedStall {
 /// When there is none, or dmsetup says no.
 pub fn suspend(machine: &Machine, name: &str, asked: &AskedStall) -> Result<Value, Refused> {
     let life = asked.r#for.as_deref().map(|text| duration("for", text)).transpose()?;
-    let mut job = Job::begin(machine)?;
+    let mut job = Job::begin(machine, name)?;
     let mut record = job.ready(name)?;
     let mapping = mapping_of(&record)?;
     record.stall = Some(Stall { until: life.map(Deadline::after) });
@@ -96,11 +126,14 @@ pub fn suspend(machine: &Machine, name: &str, asked: &AskedStall) -> Result<Valu
 /// # Errors
 /// When there is none, or dmsetup says no.
 pub fn resume(machine: &Machine, name: &str) -> Result<Value, Refused> {
-    let mut job = Job::begin(machine)?;
+    let mut job = Job::begin(machine, name)?;
     let mut record = job.ready(name)?;
+    let stood = record.stall.is_some() || mapping_of(&record)?.is_suspended;
     go_on(&mut job, &mut record)?;
-    job.tell(&record, "resumed");
-    Ok(job.done(&record, Some(format!("device suspend {name}"))))
+    if stood {
+        job.tell(&record, "resumed");
+    }
+    Ok(job.done(&record, stood.then(|| format!("device suspend {name}"))))
 }
 
 pub(super) fn go_on(job: &mut Job, record: &mut Record) -> Result<(), Refused> {
@@ -116,23 +149,46 @@ pub fn due(machine: &Machine) -> Option<Duration> {
     machine.state.peek::<Record>(PART).iter().filter_map(left).min()
 }
 
-/// Ends what has a time when that has come, and takes back devices whose making was broken off, whoever began it.
-pub fn expire(machine: &Machine) {
-    // Somebody is at it, perhaps making what seems half made.
-    let Ok(Some(part)) = machine.state.try_part(PART) else { return };
-    let mut job = Job::on(machine, part);
-    let records: Vec<Record> = job.part.all();
-    for record in records.into_iter().filter(|record| left(record).is_some_and(|left| left.is_zero())) {
-        let name = record.name.clone();
-        if let Err(error) = end(&mut job, record) {
-            tracing::error!(device = name, %error, "what has come to its end cannot be ended");
+/// Ends what has a time when that has come, and takes back devices whose making was broken off, whoever began it. Each on
+/// a thread of its own, for which nobody waits: one that hangs holds up no other.
+pub fn expire(machine: &Arc<Machine>) {
+    let records = machine.state.peek::<Record>(PART);
+    for record in records.into_iter().filter(has_come) {
+        // Somebody is at it, perhaps making what seems half made.
+        let Ok(Some(part)) = machine.state.try_document(PART, &record.name) else { continue };
+        let (own, name) = (machine.clone(), record.name);
+        let ending = move || end_one(&mut Job::on(&own, part), &name);
+        if let Err(error) = std::thread::Builder::new().name("helper".into()).spawn(ending) {
+            tracing::error!(%error, "what has come to its end cannot be ended");
         }
     }
 }
 
-/// How long until there is something to end. A device that is half made has nobody who makes it, if its lock can be had.
+fn has_come(record: &Record) -> bool {
+    left(record).is_some_and(|left| left.is_zero())
+}
+
+/// It may have been ended since it was looked at. What cannot be ended is told once, and tried again.
+fn end_one(job: &mut Job, name: &str) {
+    let record = match job.find(name) {
+        Ok(found) => found.filter(has_come),
+        Err(error) => return tracing::error!(device = name, %error, "what has come to its end cannot be ended"),
+    };
+    let Some(record) = record else { return };
+    let Err(refused) = end(job, record) else { return };
+    let Ok(Some(record)) = job.find(name) else { return };
+    let trouble = Some(refused.to_string());
+    if record.trouble != trouble && job.save(&Record { trouble, ..record.clone() }).is_ok() {
+        tracing::error!(device = name, error = %refused, "what has come to its end cannot be ended");
+        job.tell_more(&record, "not_ended", json!({"error": refused.to_string()}));
+    }
+}
+
+/// How long until there is something to end. A device that is half made has nobody who makes it, if its lock can be had;
+/// one that stands still without having been told so has nobody who goes on with its table; and who was stopped has nobody
+/// who kills him.
 fn left(record: &Record) -> Option<Duration> {
-    if record.stage == Stage::Creating {
+    if record.stage == Stage::Creating || !record.stopped.is_empty() || is_stuck(record) {
         return Some(Duration::ZERO);
     }
     if record.stage != Stage::Ready || record.mapping().is_none() {
@@ -142,11 +198,24 @@ fn left(record: &Record) -> Option<Duration> {
     [record.until.as_ref(), stall].into_iter().flatten().map(Deadline::left).min()
 }
 
+fn is_stuck(record: &Record) -> bool {
+    record.stall.is_none() && record.mapping().is_some_and(|mapping| mapping.is_suspended)
+}
+
 fn end(job: &mut Job, mut record: Record) -> Result<(), Refused> {
     if record.stage == Stage::Creating {
         remove::take_back(job, record.clone(), false)?;
         job.tell(&record, "taken_back");
         return Ok(());
+    }
+    record.trouble = None;
+    if !record.stopped.is_empty() {
+        let pids = cut::go_on_with_stopped(job, &mut record)?;
+        job.tell_more(&record, "continued", json!({"pids": pids, "reason": "left stopped"}));
+    }
+    if is_stuck(&record) {
+        go_on(job, &mut record)?;
+        job.tell_more(&record, "resumed", json!({"reason": "left suspended"}));
     }
     if record.stall.as_ref().and_then(|stall| stall.until.as_ref()).is_some_and(Deadline::has_passed) {
         go_on(job, &mut record)?;

@@ -1,6 +1,6 @@
 //! Makes a device: image, loop device, mappings, filesystem, mount, each step in the record before it is done.
 //!
-//! On a helper thread, under the lock of the part. Whatever fails is taken back; what a killed daemon has left, the next
+//! On a helper thread, under the lock of the record, and of the part until its names and disks are taken. Whatever fails is taken back; what a killed daemon has left, the next
 //! `create` or `remove` of the name takes back, or the guard of another daemon.
 
 use std::fs;
@@ -14,6 +14,7 @@ use super::record::{Record, Stage};
 use super::table::{Mode, Word};
 use super::{Job, Refused, at, filesystem, mapping, remove};
 use crate::host::Machine;
+use crate::host::state::Part;
 
 /// The mark in the log after which the filesystem is there.
 const MADE: &str = "mkfs";
@@ -24,17 +25,18 @@ const MADE: &str = "mkfs";
 /// With what is in the way, or missing on this host; then nothing is left of it.
 pub fn create(machine: &Machine, name: &str, asked: &Asked) -> Result<(Value, bool), Refused> {
     let definition = Definition::of(name, asked)?;
-    let mut job = Job::begin(machine)?;
+    let mut job = Job::begin(machine, name)?;
     if let Some(record) = job.find(name)? {
         if record.stage != Stage::Creating {
             return there_already(job, &record, definition);
         }
         remove::take_back(&mut job, record, false)?;
     }
+    let taking = job.take()?;
     let definition = examine(name, definition)?;
     job.warnings.extend(disk::room(&definition.ground));
     let mut record = draft(name, definition)?;
-    match make(&mut job, &mut record) {
+    match make(&mut job, &mut record, taking) {
         Ok(()) => {
             job.tell(&record, "created");
             let undo = format!("device remove {name}");
@@ -49,7 +51,7 @@ fn there_already(job: Job, record: &Record, definition: Definition) -> Result<(V
     let name = &record.name;
     let wanted = Definition { force: record.definition.force, ..resolved(definition) };
     if record.state() == "ready" && wanted == record.definition {
-        return Ok((job.done(record, Some(format!("device remove {name}"))), false));
+        return Ok((job.done(record, None), false));
     }
     let detail = format!("device {name} is there already, and is {}", record.state());
     Err(Refused::conflict(detail).hint(format!("nemesisfs device remove {name}, then create it anew")))
@@ -108,11 +110,14 @@ fn draft(name: &str, definition: Definition) -> Result<Record, Refused> {
         until: None,
         stall: None,
         mounts: Vec::new(),
+        stopped: Vec::new(),
+        trouble: None,
         definition,
     })
 }
 
-fn make(job: &mut Job, record: &mut Record) -> Result<(), Refused> {
+/// Others may take theirs as soon as the kernel knows what is taken here.
+fn make(job: &mut Job, record: &mut Record, taking: Part) -> Result<(), Refused> {
     job.save(record)?;
     make_disks(job, record)?;
     record.sectors = record.data.sectors()?;
@@ -121,6 +126,7 @@ fn make(job: &mut Job, record: &mut Record) -> Result<(), Refused> {
         make_log(job, record)?;
     }
     mapping::create(&mut job.tools, &record.name, &record.uuid(), &record.table())?;
+    drop(taking);
     filesystem::make(&mut job.tools, &record.definition, &record.device())?;
     if record.log.is_some() {
         job.tools.run(&["dmsetup", "message", &record.log_name(), "0", "mark", MADE])?;

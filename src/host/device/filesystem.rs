@@ -89,10 +89,24 @@ pub fn to_mount_again(record: &Record, mounts: &[Mount]) -> Result<Vec<MountAgai
         filesystem: mount.filesystem.clone(),
         options: match (&record.definition.mount_options, &record.definition.mountpoint) {
             (Some(options), Some(ours)) if *ours == mount.mountpoint => options.clone(),
-            _ => mount.options.clone(),
+            _ => options_of(mount),
         },
     });
     Ok(again.collect())
+}
+
+/// All options of a mount, each once. Of what it and its filesystem disagree about, whether they may be written, its own come last.
+fn options_of(mount: &Mount) -> String {
+    let mut words: Vec<&str> = Vec::new();
+    for word in mount.filesystem_options.split(',').filter(|word| !matches!(*word, "" | "rw" | "ro")) {
+        words.push(word);
+    }
+    for word in mount.options.split(',').filter(|word| !word.is_empty()) {
+        if !words.contains(&word) {
+            words.push(word);
+        }
+    }
+    words.join(",")
 }
 
 /// Mounts the device at the place that was asked for.

@@ -5,8 +5,9 @@
 //! from every state. Whether a thing is ours is asked of the kernel: a mapping by its UUID, a loop device by the file under
 //! it, an image by its inode and its birth.
 //!
-//! On helper threads and the `machine` thread: tools are run and waited for. Each change holds the part `devices` of the
-//! state. Must never: touch a device, file or mount that no record names as ours, or signal a process without being told.
+//! On helper threads and the `machine` thread: tools are run and waited for. Each change holds the record of its device;
+//! making one also the part `devices` of the state, while it takes names and disks. What may wait for the device itself,
+//! as a sync does, is run without either: what has a time is ended under the same lock. Must never: touch a device, file or mount that no record names as ours, or signal a process without being told.
 
 mod asked;
 mod change;
@@ -30,9 +31,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::Machine;
 use super::state::{Part, is_name};
 use super::tool::{ToolError, Tools};
+use super::{AtWork, Machine};
 use crate::fault::compile::Problem;
 
 pub use asked::Asked;
@@ -142,34 +143,34 @@ fn at(place: impl fmt::Display) -> impl Fn(io::Error) -> Refused {
     move |error| Refused::conflict(format!("{place}: {error}"))
 }
 
-/// One operation: the state locked, and what was run for it.
+/// One operation: the record of a device locked, and what was run for it.
 struct Job<'a> {
     machine: &'a Machine,
+    _at_work: AtWork<'a>,
     part: Part,
     tools: Tools,
     warnings: Vec<String>,
 }
 
 impl<'a> Job<'a> {
-    /// Waits for other operations on devices to end.
-    fn begin(machine: &'a Machine) -> Result<Job<'a>, Refused> {
-        let part = machine.state.part(PART).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => {
-                Refused::new(Kind::Busy, "another operation on devices has not ended for a minute")
-            }
-            _ => at(machine.state.path().join(PART).display())(error),
-        })?;
-        Ok(Job::on(machine, part))
+    /// Waits for other operations on the device to end.
+    fn begin(machine: &'a Machine, name: &str) -> Result<Job<'a>, Refused> {
+        if !is_name(name) {
+            return Err(Refused::not_found(name));
+        }
+        Ok(Job::on(machine, held(machine, machine.state.document(PART, name), &format!("device {name}"))?))
     }
 
     fn on(machine: &'a Machine, part: Part) -> Job<'a> {
-        Job { machine, part, tools: Tools::default(), warnings: Vec::new() }
+        Job { machine, _at_work: machine.begin(), part, tools: Tools::default(), warnings: Vec::new() }
+    }
+
+    /// Names and disks are ours to take, for as long as it lives.
+    fn take(&self) -> Result<Part, Refused> {
+        held(self.machine, self.machine.state.part(PART), "devices")
     }
 
     fn find(&self, name: &str) -> Result<Option<Record>, Refused> {
-        if !is_name(name) {
-            return Ok(None);
-        }
         self.part.get(name).map_err(at(format!("the state of device {name}")))
     }
 
@@ -177,7 +178,8 @@ impl<'a> Job<'a> {
     fn ready(&self, name: &str) -> Result<Record, Refused> {
         let record = self.find(name)?.ok_or_else(|| Refused::not_found(name))?;
         match record.state() {
-            "ready" | "cutting" => Ok(record),
+            // What could not be ended is told anew after a change.
+            "ready" | "cutting" => Ok(Record { trouble: None, ..record }),
             state => {
                 let detail = format!("device {name} is {state}");
                 Err(Refused::conflict(detail).hint(format!("nemesisfs device remove {name}")))
@@ -194,28 +196,41 @@ impl<'a> Job<'a> {
     }
 
     fn tell_more(&self, record: &Record, action: &str, more: Value) {
-        let mut event = json!({"device": record.name, "action": action, "mode": record.mode.text()});
-        if let (Some(event), Value::Object(more)) = (event.as_object_mut(), more) {
-            event.extend(more);
-        }
-        self.machine.tell("device", event);
+        tell(self.machine, record, action, more);
     }
 
     /// What is answered after a change.
     fn done(self, record: &Record, undo: Option<String>) -> Value {
-        let mut answer = show::describe(record);
-        answer["commands"] = self.tools.lines.into();
-        answer["undo"] = undo.into();
-        answer["warnings"] = self.warnings.into();
-        answer
+        show::done(record, self.tools.lines, undo, self.warnings)
     }
+}
+
+fn tell(machine: &Machine, record: &Record, action: &str, more: Value) {
+    let mut event = json!({"device": record.name, "action": action, "mode": record.mode.text()});
+    if let (Some(event), Value::Object(more)) = (event.as_object_mut(), more) {
+        event.extend(more);
+    }
+    machine.tell("device", event);
+}
+
+/// A lock, or why it could not be had.
+fn held(machine: &Machine, lock: io::Result<Part>, what: &str) -> Result<Part, Refused> {
+    lock.map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => {
+            Refused::new(Kind::Busy, format!("another operation on {what} has not ended for a minute"))
+        }
+        _ => at(machine.state.path().join(PART).display())(error),
+    })
 }
 
 /// A duration as clients write it.
 fn duration(field: &str, text: &str) -> Result<Duration, Refused> {
     let bad =
         || invalid(field, format!("{field}: {text:?} is not a duration")).hint("write \"10ms\", \"3s\" or \"5m\"");
-    crate::fault::compile::nanoseconds(text).map(Duration::from_nanos).ok_or_else(bad)
+    match crate::fault::compile::nanoseconds(text).ok_or_else(bad)? {
+        0 => Err(invalid(field, format!("{field}: {text:?} is over before it has begun"))),
+        ns => Ok(Duration::from_nanos(ns)),
+    }
 }
 
 /// A path as clients send it: our working directory is not theirs.

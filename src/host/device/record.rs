@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::asked::Definition;
 use super::disk::Disk;
+use super::holders::Stopped;
 use super::mapping::{self, Mapping};
 use super::table::Mode;
 use crate::host::state::Deadline;
@@ -54,6 +55,10 @@ pub struct Record {
     pub stall: Option<Stall>,
     /// What a cut has yet to mount again.
     pub mounts: Vec<MountAgain>,
+    /// Whom a cut has stopped, from before it does until they are killed.
+    pub stopped: Vec<Stopped>,
+    /// Why what has come to its end could not be ended, as it was told.
+    pub trouble: Option<String>,
 }
 
 impl Record {

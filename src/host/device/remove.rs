@@ -1,7 +1,7 @@
 //! Takes a device away, from every state in which one can be: half made, standing still, failing, half removed, gone with
 //! the last boot.
 //!
-//! On a helper thread or the `machine` thread, under the lock of the part. Each step is done only if there is something to
+//! On a helper thread or the `machine` thread, under the lock of the record. Each step is done only if there is something to
 //! do, so that the whole can be repeated. Must never: remove what is not ours by its identity.
 
 use std::fs;
@@ -10,11 +10,13 @@ use std::io;
 use serde_json::{Value, json};
 
 use super::filesystem;
-use super::holders::Users;
+use super::holders::{self, Stopped, Users};
 use super::mapping::Mapping;
 use super::record::{Record, Stage};
-use super::{Job, Refused, mapping};
+use super::table::Wanted;
+use super::{Job, Refused, change, mapping};
 use crate::host::Machine;
+use crate::host::state::is_name;
 use crate::host::tool::{ask, line};
 
 /// What is not there is removed, which is no answer. With `kill` those who use it are killed; `umount` ends mounts of ours on top.
@@ -22,22 +24,32 @@ use crate::host::tool::{ask, line};
 /// # Errors
 /// When somebody uses it; then it is as it was.
 pub fn remove(machine: &Machine, name: &str, kill: bool, umount: bool) -> Result<Option<Value>, Refused> {
-    let mut job = Job::begin(machine)?;
+    if !is_name(name) {
+        return Ok(None);
+    }
+    let mut job = Job::begin(machine, name)?;
     let Some(record) = job.find(name)? else { return Ok(None) };
     if let Some(mapping) = record.mapping() {
         free(&mut job, &record, &mapping, kill, umount)?;
+        leave(&mut job, &record, &mapping)?;
     }
     take_back(&mut job, record.clone(), true)?;
     job.tell(&record, "removed");
     Ok(Some(json!({"name": name, "removed": true, "commands": job.tools.lines, "warnings": job.warnings})))
 }
 
-/// All devices, whoever uses them, but for those on which a mount of ours lies: what came of each.
+/// All devices. One that somebody uses stays, with nothing wrong with it. What came of each, by name.
 pub fn remove_all(machine: &Machine) -> Vec<(String, Result<(), String>)> {
     let records: Vec<Record> = machine.state.peek(super::PART);
     let each = records.into_iter().map(|record| {
-        let result = remove(machine, &record.name, true, false);
-        (record.name, result.map(drop).map_err(|refused| refused.to_string()))
+        let result = remove(machine, &record.name, false, false).map(drop);
+        if result.is_err() {
+            // As far as it goes: what stands in the way was told.
+            let _ = change::resume(machine, &record.name);
+            let _ =
+                change::set_mode(machine, &record.name, &Wanted { mode: "allow_writes".into(), ..Wanted::default() });
+        }
+        (record.name, result.map_err(|refused| refused.to_string()))
     });
     each.collect()
 }
@@ -51,15 +63,38 @@ fn free(job: &mut Job, record: &Record, mapping: &Mapping, kill: bool, umount: b
         let detail = format!("device {} is mounted at {place}, not by us", record.name);
         return Err(Refused::new(super::Kind::Busy, detail).hint(format!("umount {place}, or remove with --kill")));
     }
-    let users = Users::of(record, mapping, &mounts);
+    if let Some(other) = holders::stacked(mapping) {
+        return Err(Refused::new(super::Kind::Busy, format!("device {} is in use: {other}", record.name)));
+    }
+    let mut users = Users::of(record, mapping, &mounts);
+    if umount {
+        users.add_clients();
+    }
     let in_the_way = (!users.processes.is_empty() && !kill) || (!users.instances.is_empty() && !umount);
     if in_the_way || users.has_ourselves() {
         return Err(users.refuse(&record.name, &format!("nemesisfs device remove {}", record.name)));
     }
     resume(job, mapping)?;
-    users.end_instances(kill)?;
-    users.kill_processes();
-    Ok(())
+    if !users.processes.is_empty() {
+        job.tools.lines.push(users.command("KILL"));
+        users.kill_processes();
+    }
+    users.end_instances()
+}
+
+/// Unmounts; if somebody still has the device, whom no look at processes shows, it is mounted again.
+fn leave(job: &mut Job, record: &Record, mapping: &Mapping) -> Result<(), Refused> {
+    let mounts = filesystem::mounts_of(record, mapping);
+    filesystem::unmount_all(&mut job.tools, &mounts, false)?;
+    let Err(refused) = holders::released(record, mapping) else { return Ok(()) };
+    for was in filesystem::to_mount_again(record, &mounts).unwrap_or_default() {
+        if let Err(also) = filesystem::mount_again(&mut job.tools, &record.device(), &was) {
+            let detail =
+                format!("{refused}; and it could not be mounted again at {}: {also}", was.mountpoint.display());
+            return Err(Refused { detail, ..refused });
+        }
+    }
+    Err(refused)
 }
 
 /// What stands still cannot be unmounted.
@@ -89,6 +124,7 @@ pub fn take_back(job: &mut Job, mut record: Record, announced: bool) -> Result<(
         log.unmake(&mut job.tools)?;
     }
     remove_mountpoint(job, &record);
+    record.stopped.iter().for_each(Stopped::go_on);
     job.part.remove(&record.name).map_err(super::at(format!("the state of device {}", record.name)))
 }
 

@@ -1,9 +1,10 @@
 //! Marks in the log of writes, and what the disk was at one of them, written to a second disk.
 //!
-//! On a helper thread, under the lock of the part. Must never: write over what is there.
+//! On a helper thread. The lock of the record is held for a mark, and until a replay has its files open: writing takes as long
+//! as the log is. Must never: write over what is there.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufReader, BufWriter, Write};
+use std::io::{BufReader, BufWriter, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 use super::asked::{Filesystem, Ground};
 use super::log::{Log, LogError, Replayed};
 use super::record::Record;
-use super::{Job, Refused, absolute, at, disk, invalid};
+use super::{Job, PART, Refused, absolute, at, disk, invalid, show, tell};
 use crate::host::Machine;
 use crate::host::tool::{self, ask};
 
@@ -68,7 +69,7 @@ fn check_mark(field: &str, mark: &str) -> Result<(), Refused> {
 /// When there is no log, or dmsetup says no.
 pub fn mark(machine: &Machine, name: &str, asked: &AskedMark) -> Result<Value, Refused> {
     check_mark("mark", &asked.mark)?;
-    let mut job = Job::begin(machine)?;
+    let mut job = Job::begin(machine, name)?;
     let (record, _) = logged(&job, name)?;
     job.tools.run(&["dmsetup", "message", &record.log_name(), "0", "mark", &asked.mark])?;
     job.tell_more(&record, "marked", json!({"mark": asked.mark}));
@@ -84,8 +85,11 @@ pub fn mark(machine: &Machine, name: &str, asked: &AskedMark) -> Result<Value, R
 pub fn replay(machine: &Machine, name: &str, asked: &AskedReplay) -> Result<Value, Refused> {
     check_mark("to", &asked.to)?;
     let target = absolute("into", &asked.into)?;
-    let job = Job::begin(machine)?;
+    let _at_work = machine.begin();
+    let job = Job::begin(machine, name)?;
     let (record, source) = logged(&job, name)?;
+    let log = File::open(&source).map_err(at(source.display()))?;
+    drop(job);
     let is_disk = fs::metadata(&target).is_ok_and(|found| !found.is_file());
     let size = disk::bytes(record.sectors);
     let ground = if is_disk { Ground::Device(target) } else { Ground::NewImage(target, size) };
@@ -94,13 +98,16 @@ pub fn replay(machine: &Machine, name: &str, asked: &AskedReplay) -> Result<Valu
     if matches!(record.log.as_ref().map(|log| &log.ground), Some(Ground::Device(_))) {
         ask(&["blockdev".as_ref(), "--flushbufs".as_ref(), source.as_os_str()])?;
     }
-    wait_for_mark(&source, &asked.to)?;
-    let done = write(&source, &asked.to, &ground, size)?;
+    let log = Source { place: source, file: log };
+    wait_for_mark(&log, &asked.to)?;
+    let done = write(&log, &asked.to, &ground, size)?;
     let into = ground.path();
     let undo = matches!(ground, Ground::NewImage(..)).then(|| tool::line(&["rm".as_ref(), into.as_os_str()]));
     let told = json!({"to": asked.to, "into": into, "entries": done.entries});
-    job.tell_more(&record, "replayed", told);
-    let mut answer = job.done(&record, None);
+    tell(machine, &record, "replayed", told);
+    // It may be another one by now.
+    let now = machine.state.peek::<Record>(PART).into_iter().find(|now| now.id == record.id);
+    let mut answer = show::done(&now.unwrap_or(record), Vec::new(), None, Vec::new());
     answer["replayed"] = json!({
         "to": asked.to, "into": into, "entries": done.entries, "writes": done.writes, "discards": done.discards,
         "bytes": done.bytes, "undo": undo,
@@ -108,37 +115,50 @@ pub fn replay(machine: &Machine, name: &str, asked: &AskedReplay) -> Result<Valu
     Ok(answer)
 }
 
-fn open(source: &Path) -> Result<Log<BufReader<File>>, Refused> {
-    let file = File::open(source).map_err(at(source.display()))?;
-    Log::open(BufReader::new(file)).map_err(|error| failed(source, error))
+/// The log, which stays open: its name may go while it is read.
+struct Source {
+    place: PathBuf,
+    file: File,
 }
 
-fn wait_for_mark(source: &Path, mark: &str) -> Result<(), Refused> {
+impl Source {
+    fn read(&self) -> Result<Log<BufReader<&File>>, LogError> {
+        (&self.file).rewind()?;
+        Log::open(BufReader::new(&self.file))
+    }
+}
+
+fn wait_for_mark(source: &Source, mark: &str) -> Result<(), Refused> {
     let until = Instant::now() + LATER;
     loop {
-        let marks = open(source).and_then(|mut log| log.marks().map_err(|error| failed(source, error)));
+        let marks = source.read().and_then(|mut log| log.marks());
         match marks {
             Ok(marks) if marks.iter().any(|known| known == mark) => return Ok(()),
             Ok(marks) if Instant::now() > until => {
-                return Err(failed(source, LogError::NoMark { wanted: mark.into(), marks }));
+                return Err(failed(&source.place, LogError::NoMark { wanted: mark.into(), marks }));
             }
-            Err(refused) if Instant::now() > until => return Err(refused),
+            Err(error) if Instant::now() > until => return Err(failed(&source.place, error)),
             _ => std::thread::sleep(LOOK_AGAIN),
         }
     }
 }
 
-fn write(source: &Path, mark: &str, ground: &Ground, size: u64) -> Result<Replayed, Refused> {
+fn write(source: &Source, mark: &str, ground: &Ground, size: u64) -> Result<Replayed, Refused> {
     let into = ground.path();
     let is_new = matches!(ground, Ground::NewImage(..));
-    let target =
-        OpenOptions::new().write(true).create_new(is_new).mode(0o600).open(into).map_err(at(into.display()))?;
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(is_new).mode(0o600);
+    if !is_new {
+        // A disk is nobody else's for as long.
+        options.custom_flags(libc::O_EXCL);
+    }
+    let target = options.open(into).map_err(at(into.display()))?;
     let written = (|| {
         if is_new {
             target.set_len(size)?;
         }
         let mut buffered = BufWriter::new(&target);
-        let done = Log::open(BufReader::new(File::open(source)?))?.replay(mark, size, &mut buffered)?;
+        let done = source.read()?.replay(mark, size, &mut buffered)?;
         buffered.flush()?;
         target.sync_all()?;
         Ok(done)
@@ -147,7 +167,7 @@ fn write(source: &Path, mark: &str, ground: &Ground, size: u64) -> Result<Replay
         if is_new {
             let _ = fs::remove_file(into);
         }
-        failed(source, error)
+        failed(&source.place, error)
     })
 }
 

@@ -41,6 +41,15 @@ pub fn one(machine: &Machine, name: &str) -> Result<Value, Refused> {
     Ok(shown)
 }
 
+/// The document of a device after a change.
+pub fn done(record: &Record, commands: Vec<String>, undo: Option<String>, warnings: Vec<String>) -> Value {
+    let mut answer = describe(record);
+    answer["commands"] = commands.into();
+    answer["undo"] = undo.into();
+    answer["warnings"] = warnings.into();
+    answer
+}
+
 /// The document of a device.
 pub fn describe(record: &Record) -> Value {
     let mapping = record.mapping();
@@ -48,14 +57,14 @@ pub fn describe(record: &Record) -> Value {
     let (table, status) = mapping.as_ref().map(|mapping| mapping::table_and_status(&mapping.name)).unwrap_or_default();
     let mut shown = json!({
         "name": record.name, "device": record.device(), "state": record.state(),
-        "mode": record.mode.text(), "command": record.mode.command(), "remaining": remaining(record.until.as_ref()),
+        "mode": record.mode.text(), "in_force": table.as_ref().map(|table| record.mode.is_in(table)), "command": record.mode.command(), "remaining": remaining(record.until.as_ref()),
         "suspended": mapping.as_ref().is_some_and(|mapping| mapping.is_suspended),
         "resumes_in": remaining(record.stall.as_ref().and_then(|stall| stall.until.as_ref())),
         "size": disk::bytes(record.sectors), "on": record.data.ground.path(), "loop_device": record.data.loop_device,
         "made": matches!(record.data.ground, Ground::NewImage(..)), "filesystem": record.definition.filesystem.word(),
         "mountpoint": record.definition.mountpoint,
         "mounts": mounts.iter().map(|mount| json!(mount.mountpoint)).collect::<Vec<_>>(),
-        "table": table, "status": status,
+        "table": table, "status": status, "trouble": record.trouble,
     });
     if let Some(log) = &record.log {
         let status = record.log_mapping().and_then(|mapping| mapping::table_and_status(&mapping.name).1);

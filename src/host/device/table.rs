@@ -283,6 +283,11 @@ impl Mode {
         }
     }
 
+    /// Whether the kernel's table is this mode.
+    pub fn is_in(&self, table: &str) -> bool {
+        canonical(table).is_some_and(|table| Some(table) == canonical(&self.table("-", 0)))
+    }
+
     /// The arguments of one feature. Without any, all requests fail, also where the kernel has no error_reads yet.
     fn feature(&self, word: Word) -> Vec<String> {
         let chance = || vec![word.to_string(), parts(self.probability.unwrap_or_default()).to_string()];
@@ -303,6 +308,35 @@ impl Mode {
     /// Each of its words as a mode of its own, to find out which of them the kernel lacks.
     pub fn alone(&self) -> impl Iterator<Item = (Word, Mode)> {
         self.words.iter().map(|word| (*word, Mode { words: vec![*word], cycle: None, ..self.clone() }))
+    }
+}
+
+/// What a table does, without where: its target and numbers, and features in any order. The kernel names disks by their
+/// numbers, and for no features the two that have the same effect.
+fn canonical(table: &str) -> Option<Vec<String>> {
+    let words: Vec<&str> = table.split_whitespace().skip(2).collect();
+    let own = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
+    match words.as_slice() {
+        ["delay", places @ ..] => {
+            Some(places.chunks(3).filter_map(|place| place.get(2)).map(ToString::to_string).collect())
+        }
+        ["flakey", _, _, up, "0", ..] => Some(own(&["flakey", up, "0"])),
+        ["flakey", _, _, up, down, _, features @ ..] => {
+            let is_name = |word: &&str| word.len() > 1 && word.starts_with(|c: char| c.is_ascii_lowercase());
+            let mut groups: Vec<Vec<&str>> = Vec::new();
+            for word in features {
+                match groups.last_mut() {
+                    Some(group) if !is_name(word) => group.push(word),
+                    _ => groups.push(vec![word]),
+                }
+            }
+            if groups.is_empty() {
+                groups = vec![vec!["error_reads"], vec!["error_writes"]];
+            }
+            groups.sort();
+            Some(own(&[&["flakey", up, down], groups.concat().as_slice()].concat()))
+        }
+        _ => None,
     }
 }
 
@@ -424,6 +458,24 @@ mod tests {
         ] {
             assert_eq!(table(&format!(r#"{{"mode":"{mode}"}}"#)), expected);
         }
+    }
+
+    #[test]
+    fn the_table_of_the_kernel_is_known_as_a_mode_or_as_another_one() {
+        let is_in = |text: &str, table: &str| Mode::of(&wanted(text)).unwrap().is_in(table);
+        let (idle, all) = (r#"{"mode":"allow_writes"}"#, r#"{"mode":"error_all"}"#);
+        let both = r#"{"mode":"drop_writes","and":["error_reads"]}"#;
+        assert!(is_in(idle, "0 2048 flakey 7:0 0 3600 0 2 error_reads error_writes"));
+        assert!(is_in(all, "0 2048 flakey 7:0 0 0 3600 2 error_reads error_writes"));
+        assert!(!is_in(all, "0 2048 flakey 7:0 0 3600 0 2 error_reads error_writes"));
+        assert!(is_in(both, "0 2048 flakey 7:0 0 0 3600 2 error_reads drop_writes"));
+        assert!(!is_in(both, "0 2048 flakey 7:0 0 0 3600 1 drop_writes"));
+        let byte = r#"{"mode":"corrupt_bio_byte","and":["error_writes"],"nth":3,"direction":"read","value":1}"#;
+        assert!(is_in(byte, "0 2048 flakey 7:0 0 0 3600 6 error_writes corrupt_bio_byte 3 r 1 0"));
+        assert!(!is_in(byte, "0 2048 flakey 7:0 0 0 3600 6 error_writes corrupt_bio_byte 4 r 1 0"));
+        let delay = r#"{"mode":"delay","write":"5ms"}"#;
+        assert!(is_in(delay, "0 2048 delay 7:0 0 0 7:0 0 5"));
+        assert!(!is_in(delay, "0 2048 delay 7:0 0 5 7:0 0 0") && !is_in(idle, "0 2048 delay 7:0 0 0 7:0 0 5"));
     }
 
     #[test]
