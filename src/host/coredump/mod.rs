@@ -1,10 +1,10 @@
 //! Where coredumps go: away from a filesystem that is about to be full, and back.
 //!
 //! Who wants that takes a *lease* with a name and an end. The first lease redirects, the last one that ends restores;
-//! whoever is there does what a killed one has left to do, for all is written down ([`book`]) before it is done. What is
-//! there at present is found out ([`found`]), how to redirect is chosen from that ([`choice`]), and done and undone
-//! ([`switch`]) while no core is being written ([`flight`]). Cores that were written meanwhile are brought home ([`home`]).
-//! Where this process may not act, an agent on the node is asked to ([`steps`]).
+//! whoever is there does what a killed one has left to do, for all is written down (`book`) before it is done. What is
+//! there at present is found out (`found`), how to redirect is chosen from that (`choice`), and done and undone
+//! (`switch`) while no core is being written (`flight`). Cores that were written meanwhile are brought home (`home`).
+//! Where this process may not act, an agent on the node is asked to (`steps`).
 //!
 //! On helper threads and the `machine` thread. Takes the locks of its parts of the state. Must never: undo a mount that
 //! is not ours, or leave one of ours without a line in the book.
