@@ -729,3 +729,20 @@ fn rules_that_a_mount_begins_with_have_coredumps_elsewhere_before_it_is_ready() 
     assert!(said.code == 1 && said.err.contains("hands cores to /bin/false"), "{said:?}");
     assert!(!is_mounted(mnt), "what is refused leaves no mount");
 }
+
+#[test]
+fn a_full_filesystem_of_the_state_does_not_keep_coredumps_from_coming_home() {
+    let host = Host::new(On::Disk);
+    let (state, elsewhere) = (host.mounted.state_dir(), host.mounted.aside("elsewhere"));
+    let mounts = Mounts { cores: state.clone(), data: state.clone() };
+    let made = sh(&format!("mkdir -p {0}; mount -t tmpfs -o size=256k tmpfs {0}", state.display()));
+    assert_eq!(made.code, 0, "{made:?}");
+    host.cli(&["redirect", "--to", &elsewhere.display().to_string()]);
+    assert_eq!(host.mounts(), 2);
+    sh(&format!("dd if=/dev/zero of={}/fill bs=1k", state.display()));
+    assert!(fs::write(state.join("more"), [0; 4096]).is_err(), "it is full");
+    host.cli(&["restore"]);
+    assert_eq!(host.mounts(), 1);
+    drop(mounts);
+    host.end();
+}
