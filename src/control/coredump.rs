@@ -104,8 +104,9 @@ impl From<Failure> for Problem {
 
 pub async fn status(State(service): OfAny) -> Answer {
     let machine = service.machine.clone();
-    let mut status = helper(move || coredump::status(&machine)).await??;
-    status["steps"] = steps::waiting(&service.machine).into();
+    let look = move || coredump::status(&machine).map(|status| (status, steps::waiting(&machine)));
+    let (mut status, steps) = helper(look).await??;
+    status["steps"] = steps.into();
     status["cursor"] = service.cursor().into();
     Ok(document(200, &status))
 }
@@ -116,13 +117,16 @@ pub async fn cores(State(service): OfAny) -> Answer {
 }
 
 pub async fn list(State(service): OfAny) -> Answer {
-    let leases = coredump::leases(&service.machine)?;
+    let machine = service.machine.clone();
+    let leases = helper(move || coredump::leases(&machine)).await??;
     Ok(document(200, &json!({"leases": leases, "cursor": service.cursor()})))
 }
 
 pub async fn show(State(service): OfAny, Path(name): Path<String>) -> Answer {
     let none = || Problem::new(404, "not_found", format!("there is no lease {name:?}"));
-    let lease = coredump::lease(&service.machine, &name).ok_or_else(|| none().hint("nemesisfs coredump status"))?;
+    let (machine, wanted) = (service.machine.clone(), name.clone());
+    let lease = helper(move || coredump::lease(&machine, &wanted)).await?;
+    let lease = lease.ok_or_else(|| none().hint("nemesisfs coredump status"))?;
     Ok(document(200, &lease))
 }
 
@@ -172,7 +176,9 @@ async fn give_back(service: super::AnyDaemon, query: Option<String>, name: Optio
 }
 
 pub async fn list_steps(State(service): OfAny) -> Answer {
-    Ok(document(200, &json!({"steps": steps::waiting(&service.machine), "cursor": service.cursor()})))
+    let machine = service.machine.clone();
+    let steps = helper(move || steps::waiting(&machine)).await?;
+    Ok(document(200, &json!({"steps": steps, "cursor": service.cursor()})))
 }
 
 pub async fn acknowledge(State(service): OfAny, Path(id): Path<String>, body: Body) -> Answer {

@@ -97,11 +97,17 @@ impl Control {
     pub(super) async fn redirected_at_start(self: &Arc<Self>) -> Result<(), String> {
         if self.wants_coredumps().await {
             self.take_coredumps(Fills::Mount).await.map_err(|problem| problem.to_string())?;
-        } else if coredump::lease(&self.machine, &lease_of(&self.identity.instance)).is_some() {
+        } else if self.has_lease().await {
             self.redirection.held.store(true, Release);
             self.redirection.taken.notify_one();
         }
         Ok(())
+    }
+
+    /// Is there one in the book? If nobody can say, none is missing.
+    async fn has_lease(&self) -> bool {
+        let (machine, name) = (self.machine.clone(), lease_of(&self.identity.instance));
+        helper(move || coredump::lease(&machine, &name).is_some()).await.unwrap_or(true)
     }
 
     async fn take_coredumps(&self, fills: Fills) -> Result<Vec<String>, Problem> {
@@ -183,8 +189,8 @@ pub(super) async fn keep(control: Arc<Control>) {
         }
         let _switch = redirection.switch.lock().await;
         // Somebody may have ended all leases.
-        let lease = coredump::lease(&control.machine, &lease_of(&control.identity.instance));
-        if !redirection.held.load(Acquire) || (lease.is_some() && renewed.elapsed() < RENEW) {
+        let has_lease = control.has_lease().await;
+        if !redirection.held.load(Acquire) || (has_lease && renewed.elapsed() < RENEW) {
             continue;
         }
         match control.renew(Fills::Mount).await {
@@ -193,7 +199,8 @@ pub(super) async fn keep(control: Arc<Control>) {
                 told = true;
                 let detail = json!({"action": "not_renewed", "lease": lease_of(&control.identity.instance),
                     "error": problem.to_string()});
-                control.machine.tell("coredump", detail);
+                let machine = control.machine.clone();
+                let _ = helper(move || machine.tell("coredump", detail)).await;
             }
             Err(_) => {}
         }

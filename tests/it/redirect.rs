@@ -165,6 +165,12 @@ impl Host {
         Client(client.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the program runs"))
     }
 
+    /// After what a daemon ends by itself: the directory goes a moment after the mount.
+    fn end_soon(self) {
+        eventually("nothing of ours is left", || !self.mounted.state_dir().join("cores").exists());
+        self.end();
+    }
+
     fn end(self) {
         let left = self.mounted.state_dir().join("cores");
         assert!(!left.exists(), "nothing of ours is left: {:?}", names(&left));
@@ -256,7 +262,7 @@ fn cores_that_do_not_fit_at_home_stay_listed_and_come_home_when_there_is_room() 
     eventually("it is at home", || core_of(&host.mounts.cores, pid).is_some());
     eventually("it is brought home", || !away.exists());
     eventually("nothing is left", || !host.mounted.state_dir().join("cores").exists());
-    host.end();
+    host.end_soon();
 }
 
 #[test]
@@ -392,7 +398,7 @@ fn a_lone_keeper_that_is_killed_under_a_command_leaves_no_lease() {
     assert_eq!(host.mounts(), 1);
     host.mounted.mount_again();
     assert!(leases(&host).is_empty());
-    host.end();
+    host.end_soon();
 }
 
 #[test]
@@ -406,7 +412,7 @@ fn a_redirection_that_others_undo_is_told_and_done_again() {
     assert_eq!(check(&core_of(&host.fallback(), pid).expect("its core"), pid), Ok(()));
     host.cli(&["restore"]);
     host.next_goes_home();
-    host.end();
+    host.end_soon();
 }
 
 #[test]
@@ -440,7 +446,7 @@ fn the_lease_of_a_command_is_renewed_and_ends_soon_after_a_killed_client() {
     assert!(killed.elapsed() < Duration::from_secs(5), "{:?}", killed.elapsed());
     eventually("it is told", || host.events("expired").len() == 1);
     host.next_goes_home();
-    host.end();
+    host.end_soon();
 }
 
 #[test]
@@ -455,7 +461,7 @@ fn what_a_killed_daemon_has_redirected_another_one_restores_at_its_time() {
     eventually("its core is at home", || core_of(&host.mounts.data.join("cores"), pid).is_some());
     host.mounted.mount_again();
     host.next_goes_home();
-    host.end();
+    host.end_soon();
 }
 
 /// The daemon without a mount.
@@ -476,7 +482,7 @@ fn when_all_daemons_are_killed_another_one_is_started_that_restores() {
     eventually("its core is at home", || core_of(&host.mounts.data.join("cores"), pid).is_some());
     host.mounted.mount_again();
     host.next_goes_home();
-    host.end();
+    host.end_soon();
 }
 
 #[test]
@@ -608,7 +614,7 @@ fn a_full_disk_that_asks_for_it_has_coredumps_elsewhere_before_and_home_after() 
     let at = |word: &str| story.iter().position(|other| other == word).unwrap_or_else(|| panic!("{word}: {story:?}"));
     assert!(at("coredump redirected") < at("space set"), "{story:?}");
     assert!(at("space cleared") < at("coredump restored"), "{story:?}");
-    host.end();
+    host.end_soon();
 }
 
 #[test]
@@ -632,7 +638,7 @@ fn a_rule_and_a_mode_hold_coredumps_elsewhere_for_as_long_as_they_are_armed() {
     assert_eq!(leases(&host), ["mount-t"]);
     host.mounted.cli(&["reset"]);
     assert!(leases(&host).is_empty());
-    host.end();
+    host.end_soon();
 }
 
 #[test]
@@ -671,7 +677,7 @@ fn ballast_fills_a_disk_only_after_coredumps_have_left_it() {
     assert!(at("coredump redirected") < at("space filling"), "{story:?}");
     host.mounted.cli(&["space", "clear", "ballast"]);
     eventually("the core at home", || core_of(&host.mounted.backing.join("cores"), pid).is_some());
-    host.end();
+    host.end_soon();
 }
 
 #[test]
@@ -704,7 +710,7 @@ fn the_lease_of_a_mount_goes_with_it_and_that_of_a_killed_one_with_the_next() {
     // The next one of its name removes the ballast, and wants it no longer.
     host.mounted.mount_again();
     eventually("it is given back", || leases(&host).is_empty() && !fallback_is_mounted(&host));
-    host.end();
+    host.end_soon();
 }
 
 #[test]
