@@ -210,7 +210,12 @@ fn a_write_allocates_nothing() {
     assert_ne!(allocations(|| drop(File::create(mountpoint.join("another")).unwrap())), 0, "they are counted");
     let (file, mut log) = (opened(&path, 0), opened(&path, libc::O_APPEND));
     let warm = || file.write_all_at(&[1; 4096], 0).unwrap();
-    (0..100).for_each(|_| warm());
+    // From several threads at once, so that each reader has had its first write before it is counted.
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| (0..100).for_each(|_| warm()));
+        }
+    });
     let buffered = allocations(|| (0..WRITES as u64).for_each(|n| file.write_all_at(&[1; 4096], n * 100).unwrap()));
     let appended = allocations(|| (0..WRITES).for_each(|_| log.write_all(&[2; 512]).unwrap()));
     // Aligned, as direct I/O wants it.
