@@ -1,7 +1,7 @@
 //! `list`: the instances of this host and their state, and mounts that no living instance serves.
 //!
 //! Thread: one for each instance while it is asked. Locks: those of the state files, for an instant. Must never: look
-//! at a mountpoint, for a dead or hanging one would keep the list from being told.
+//! at a mountpoint but by `mounts::is_disconnected`, for a hanging one would keep the list from being told.
 
 use std::path::Path;
 use std::time::Duration;
@@ -37,7 +37,8 @@ fn rows(world: &World) -> Result<Vec<Value>, ClientError> {
     let found = instances::list(world.run_dir).map_err(|error| told(&world.run_dir.display().to_string(), error))?;
     let mut rows = in_parallel(&found, |instance| of_instance(instance, limit));
     let mounts = mounts::all().map_err(|error| told("/proc/self/mountinfo", error))?;
-    rows.extend(mounts.iter().filter(|mount| is_stale(mount, &found)).map(of_mount));
+    let others: Vec<&Mount> = mounts.iter().filter(|mount| is_not_owned(mount, &found)).collect();
+    rows.extend(in_parallel(&others, |mount| of_mount(mount)));
     Ok(rows)
 }
 
@@ -81,7 +82,7 @@ fn ask(host: &Host, limit: Duration, mut row: Value) -> Value {
 }
 
 /// A mount of ours that no living instance owns, as far as the state files of this run directory tell.
-fn is_stale(mount: &Mount, instances: &[Instance]) -> bool {
+fn is_not_owned(mount: &Mount, instances: &[Instance]) -> bool {
     let Some(name) = mount.instance() else {
         return false;
     };
@@ -91,9 +92,11 @@ fn is_stale(mount: &Mount, instances: &[Instance]) -> bool {
     !instances.iter().any(owns)
 }
 
+/// Of one that answers the daemon lives, and keeps its state in another run directory.
 fn of_mount(mount: &Mount) -> Value {
+    let state = if mounts::is_disconnected(&mount.mountpoint) { "stale" } else { "elsewhere" };
     json!({
-        "instance": mount.instance(), "state": "stale", "mode": null, "rules": null, "mountpoint": mount.mountpoint.to_string_lossy(),
+        "instance": mount.instance(), "state": state, "mode": null, "rules": null, "mountpoint": mount.mountpoint.to_string_lossy(),
         "backing": null, "pid": null, "socket": null, "log": null, "seed": null,
     })
 }

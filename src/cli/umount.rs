@@ -81,15 +81,15 @@ fn local(world: &World, args: &UmountArgs) -> Result<String, ClientError> {
             Some(mountpoint) => mountpoint.clone(),
             None => return end_without_mount(world, instance),
         },
-        (None, None) => match mount_of(args.instance.as_deref())? {
-            Some(mount) => mount.mountpoint,
-            None => return Ok(not_mounted(args)),
-        },
+        (None, None) => {
+            let name = args.instance.as_deref().unwrap_or_default();
+            return Ok(format!("{name}: not mounted{}", of_others(name)?));
+        }
     };
     if let Some(instance) = living {
         return end_living(world, instance, args, &mountpoint);
     }
-    let said = end_dead(&mountpoint, args, !wanted.is_empty())?;
+    let said = end_dead(&mountpoint, args)?;
     wanted.iter().for_each(|instance| instance.forget());
     Ok(said)
 }
@@ -117,19 +117,15 @@ fn is_meant(instance: &Instance, args: &UmountArgs) -> bool {
     }
 }
 
-fn not_mounted(args: &UmountArgs) -> String {
-    match (&args.mountpoint, &args.instance) {
-        (Some(path), _) => format!("{}: not mounted", path.display()),
-        (None, name) => format!("{}: not mounted", name.as_deref().unwrap_or_default()),
-    }
-}
-
-fn mount_of(instance: Option<&str>) -> Result<Option<Mount>, ClientError> {
-    Ok(mounts::all()
-        .map_err(no_table)?
-        .into_iter()
-        .rev()
-        .find(|mount| mount.instance().is_some_and(|name| Some(name) == instance)))
+/// A name is one of a run directory: a mount of that name may be served from another one, and is not ours to end by it.
+fn of_others(name: &str) -> Result<String, ClientError> {
+    let mounts = mounts::all().map_err(no_table)?;
+    let others = mounts.iter().filter(|mount| mount.instance() == Some(name));
+    let hints: Vec<String> = others.map(|mount| format!("`nemesisfs umount {}`", mount.mountpoint.display())).collect();
+    Ok(match hints.is_empty() {
+        true => String::new(),
+        false => format!("; {name} of another run directory, or whose state is lost, is ended by {}", hints.join(", ")),
+    })
 }
 
 fn no_table(error: std::io::Error) -> ClientError {
@@ -211,14 +207,19 @@ fn cannot_unmount(mountpoint: &Path, error: Errno) -> ClientError {
 
 /// A mount whose daemon is dead, or that no state file of this run directory knows. The daemon of the latter may live
 /// with another run directory: then it is busy or not like any mount, and is not torn away from under its users.
-fn end_dead(mountpoint: &Path, args: &UmountArgs, known_dead: bool) -> Result<String, ClientError> {
+fn end_dead(mountpoint: &Path, args: &UmountArgs) -> Result<String, ClientError> {
     let Some(mount) = mounts::at(&without_touching(mountpoint)).map_err(no_table)? else {
-        return Ok(not_mounted(args));
+        return Ok(format!("{}: not mounted", mountpoint.display()));
     };
     let mountpoint = mount.mountpoint.as_path();
     match mount.filesystem.as_str() {
+        // The instance of that name has ended, and since then somebody else has mounted there.
+        FILESYSTEM_TYPE if args.mountpoint.is_none() && !mounts::is_disconnected(mountpoint) => {
+            let place = mountpoint.display();
+            return Ok(format!("not mounted; what is mounted at {place} belongs to another run directory"));
+        }
         FILESYSTEM_TYPE if args.force => cut(mountpoint)?,
-        FILESYSTEM_TYPE if args.lazy || known_dead => detach(mountpoint, true)?,
+        FILESYSTEM_TYPE if args.lazy => detach(mountpoint, true)?,
         FILESYSTEM_TYPE => end_unknown(mountpoint)?,
         "fuse" if mounts::is_disconnected(mountpoint) => detach(mountpoint, true)?,
         other => {

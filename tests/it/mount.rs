@@ -296,6 +296,40 @@ fn a_dead_mount_is_unmounted() {
     }
 }
 
+/// Found by a test of this suite, whose mount another one took for its own.
+#[test]
+fn a_name_ends_no_mount_of_another_run_directory() {
+    let mounted = Mounted::new();
+    let (elsewhere, mountpoint) = (mounted.aside("another-run"), mounted.mountpoint.display().to_string());
+    for words in [&["umount", "--instance", "t"][..], &["umount", "--instance", "t", "--force"]] {
+        let said = program(&elsewhere, words);
+        let hint = said.out.contains("not mounted") && said.out.contains(&format!("`nemesisfs umount {mountpoint}`"));
+        assert!(said.code == 0 && hint, "{said:?}");
+        mounted.check();
+    }
+    let listed = program(&elsewhere, &["list"]).out;
+    let line = listed.lines().find(|line| line.contains(&mountpoint));
+    assert!(line.is_some_and(|line| line.contains(" elsewhere ")), "{listed}");
+    mounted.end();
+}
+
+#[test]
+fn a_dead_instance_ends_no_mount_that_another_run_directory_has_made_at_its_place() {
+    let mut mounted = Mounted::new();
+    mounted.kill();
+    let elsewhere = mounted.aside("another-run");
+    let state = std::fs::read_to_string(mounted.run_dir().join("t.json")).unwrap();
+    let state = state.replace(mounted.run_dir().to_str().unwrap(), elsewhere.to_str().unwrap());
+    mounted.mount_again();
+    for how in ["--force", "--lazy"] {
+        std::fs::write(elsewhere.join("t.json"), &state).unwrap();
+        let said = program(&elsewhere, &["umount", "--instance", "t", how]);
+        assert!(said.code == 0 && said.out.contains("belongs to another run directory"), "{said:?}");
+        mounted.check();
+    }
+    mounted.end();
+}
+
 #[test]
 fn a_dead_mount_is_replaced_although_the_kernel_still_has_its_attributes() {
     let mut mounted = Mounted::new();
