@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::support::{Mounted, Said, eventually, executable, is_alive, is_mounted, within};
+use crate::support::{Mounted, Said, eventually, executable, executable_in, is_alive, is_mounted, within};
 
 /// Runs the program on directories of a test's own.
 fn program(run_dir: &Path, words: &[&str]) -> Said {
@@ -362,8 +362,7 @@ fn another_user_than_root_can_mount_for_themselves() {
         std::fs::create_dir_all(path(name)).unwrap();
         std::os::unix::fs::chown(path(name), Some(65534), Some(65534)).unwrap();
     }
-    let own = path("nemesisfs");
-    std::fs::copy(executable(), &own).unwrap();
+    let own = executable_in(dir.path());
     let script = format!(
         "{own} mount {backing} {mnt} && echo hi > {mnt}/a && mkdir {mnt}/d && mv {mnt}/a {mnt}/d/b && cat {mnt}/d/b && \
          {own} rule add x --kind error --errno EIO --op write --times 1 && ! echo no > {mnt}/d/b && ls -l {mnt}/d && \

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::support::{Mounted, Said, Trace, eventually, executable, is_mounted};
+use crate::support::{Mounted, Said, Trace, eventually, executable, executable_in, is_mounted};
 
 fn mounted() -> Mounted {
     let mounted = Mounted::with(&["--passthrough", "/fast/**"]);
@@ -223,8 +223,7 @@ fn what_cannot_be_passed_through_is_refused_with_its_reason() {
         std::fs::create_dir_all(path(name)).unwrap();
         std::os::unix::fs::chown(path(name), Some(65534), Some(65534)).unwrap();
     }
-    let own = path("nemesisfs");
-    std::fs::copy(executable(), &own).unwrap();
+    let own = executable_in(dir.path());
     let start = |launcher: &[&str], glob: &str| -> Said {
         let words = [own.as_str(), "mount", &path("backing"), &path("mnt"), "--passthrough", glob].map(str::to_string);
         let mut command = Command::new(launcher[0]);

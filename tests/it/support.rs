@@ -341,6 +341,14 @@ pub fn python<'a>(dir: &Path, script: &str, arguments: impl IntoIterator<Item = 
     command.args(["-c", &script]).args(arguments).current_dir(dir).output().expect("python3 runs").into()
 }
 
+/// A copy of the program where other users reach it. Another process writes it: a child that any thread of this one forks
+/// meanwhile would have it open for writing, and nobody could execute it.
+pub fn executable_in(dir: &Path) -> String {
+    let own = dir.join("nemesisfs");
+    assert!(Command::new("cp").args([Path::new(executable()), &own]).status().expect("cp").success());
+    own.display().to_string()
+}
+
 /// Runs a script of the shell, which ends at the first command that fails.
 pub fn sh(script: &str) -> Said {
     Command::new("sh").args(["-euc", script]).output().expect("sh runs").into()
