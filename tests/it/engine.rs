@@ -300,6 +300,12 @@ fn so_many_times_is_exactly_so_many_under_eight_threads() {
 #[test]
 fn a_required_rule_names_why_it_has_not_fired_and_passes_once_it_has() {
     let mounted = Mounted::new();
+    let mut rule = eio(json!({"ops": ["write"]}), json!({}));
+    rule["required"] = true.into();
+    mounted.rule("r", rule.clone());
+    let said = mounted.try_cli(&["rule", "check"]);
+    assert!(said.code == 1 && said.err.contains("no request has come"), "{said:?}");
+    mounted.cli(&["rule", "rm", "r"]);
     prepared(&mounted, "f", 4 * PAGE);
     let cases = [
         (json!({"ops": ["fsync"]}), json!({}), "none met the operation: op fsync"),
@@ -313,16 +319,12 @@ fn a_required_rule_names_why_it_has_not_fired_and_passes_once_it_has() {
         let mut rule = eio(matches, trigger);
         rule["required"] = true.into();
         mounted.rule("r", rule);
-        let before = mounted.try_cli(&["rule", "check"]);
-        assert!(before.code == 1 && before.err.contains("no request has come"), "{before:?}");
         fails(&mounted, "f");
         let said = mounted.try_cli(&["rule", "check"]);
         assert!(said.code == 1 && said.err.contains(reason), "{reason}: {said:?}");
         mounted.cli(&["rule", "rm", "r"]);
     }
     mounted.rule("earlier", eio(json!({"ops": ["write"]}), json!({})));
-    let mut rule = eio(json!({"ops": ["write"]}), json!({}));
-    rule["required"] = true.into();
     mounted.rule("r", rule.clone());
     fails(&mounted, "f");
     let said = mounted.try_cli(&["rule", "check"]);
