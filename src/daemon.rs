@@ -1,11 +1,12 @@
 //! The daemon: from the options to a mount that serves, and to its end.
 //!
-//! Runs on the main thread, which then waits: for a signal, for a client that wants the mount to end, or for the end of
-//! the session. Threads: the readers (fuser's), workers and helpers as they are needed, the clock, the watch, the control
+//! Runs on the main thread, which then waits (`serving`). Threads: the readers (fuser's), workers and helpers as they are needed, the clock, the watch, the control
 //! thread.
 //! Whatever is started here is stopped here, in the opposite order, from every state.
 
 pub mod machine;
+mod mounted;
+mod serving;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -13,40 +14,30 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::*};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
-use fuser::{MountOption, Session, SessionACL};
+use crossbeam_channel::{Receiver, Sender, unbounded};
 use globset::{GlobSet, GlobSetBuilder};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::mount::MsFlags;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
-use nix::sys::statvfs::{FsFlags, fstatvfs};
 use serde_json::{Value, json};
 
 use crate::client::exit;
 use crate::client::instances::{self, State};
-use crate::control::{self, Identity, Unmount, Unmounted};
+use crate::control::Identity;
 use crate::event::Ring;
 use crate::fault::compile::path_glob;
 use crate::fault::document;
-use crate::fs::adapter::Adapter;
-use crate::fs::mount::{How, Living, Places, holders, prepare, unmount, unmount_patiently};
-use crate::fs::{Core, Ended, clock, watch};
+use crate::fs::Core;
+use crate::fs::mount::{Living, Places, prepare};
 use crate::host::state::StateDir;
-use crate::host::{Guard, Machine, coredump};
+use crate::host::{Guard, Machine};
 use crate::sys::memory;
-use crate::sys::mounts::{self, SOURCE};
 
-/// How long programs may take to close their files after their requests were answered.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// After a signal: how long a lazily detached mount may live on before its connection is cut.
-const LINGER: Duration = Duration::from_secs(10);
-/// At the end: how long what was let go may take to be through.
-const AT_IT: Duration = Duration::from_secs(2);
+use mounted::Mounted;
+use serving::Serving;
+
 const LOCK_TRIES: u32 = 60;
 
 /// What to mount, decided in every respect: paths are absolute, names chosen.
@@ -112,6 +103,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     let run_dir = options.run_dir.clone();
     let guard = Guard::start(machine, move || machine::start_if_missing(&run_dir))
         .map_err(|error| failure(format!("no thread: {error}")))?;
+    let seed = core.arming.seed();
     let serving = Serving::start(core, guard, mounted, listener, identity)?;
     if let Err(reason) = serving.control.wait_until_ready() {
         serving.end_by_signal();
@@ -119,7 +111,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
         return Err(with_hint(reason, "no rule of --rules with redirect_coredumps, or see nemesisfs coredump status"));
     }
     ready(&serving.ready_line());
-    tracing::info!(seed = serving.core.arming.seed(), "{}", serving.ready_line());
+    tracing::info!(seed, "{}", serving.ready_line());
     serving.wait(&signals);
     drop((socket, claim));
     Ok(())
@@ -344,337 +336,6 @@ fn listen(socket: &Path) -> Result<(UnixListener, SocketFile), Failure> {
     let file = SocketFile(socket.to_path_buf());
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660)).map_err(cannot)?;
     Ok((listener, file))
-}
-
-/// A mount, and the session that serves it, not running yet.
-struct Mounted {
-    session: Session<Adapter>,
-    place: Detach,
-    /// The number of the connection.
-    minor: u32,
-    readers: usize,
-}
-
-impl Mounted {
-    fn new(core: &Arc<Core>, options: &Options, places: &Places) -> Result<Mounted, Failure> {
-        let readers = options.readers.map_or_else(default_readers, usize::from);
-        core.readers.expect(readers);
-        let session = match nix::unistd::geteuid().is_root() {
-            true => Mounted::as_root(core, options, places, readers)?,
-            false => Mounted::as_user(core, options, places, readers)?,
-        };
-        let mount = mounts::at(&places.mountpoint).ok().flatten();
-        let place = Detach(Some(places.mountpoint.clone()));
-        let minor = mount.ok_or_else(|| failure("the mount is not in the mount table"))?.minor;
-        let _ = core.notifier.set(session.notifier());
-        let _ = core.mountpoint.set(places.mountpoint.clone());
-        Ok(Mounted { session, place, minor, readers })
-    }
-
-    fn as_root(
-        core: &Arc<Core>,
-        options: &Options,
-        places: &Places,
-        readers: usize,
-    ) -> Result<Session<Adapter>, Failure> {
-        let flags = mount_flags(core, options)?;
-        let connection = mounts::mount(&places.mountpoint, &options.instance, flags).map_err(|error| {
-            let hint = "is FUSE there? ls -l /dev/fuse";
-            with_hint(format!("mount {}: {error}", places.mountpoint.display()), hint)
-        })?;
-        let config = config(readers);
-        Session::from_fd(Adapter(core.clone()), connection, SessionACL::All, config).map_err(|error| {
-            let _ = unmount(&places.mountpoint, 0, How::Lazy);
-            if error.kind() == io::ErrorKind::Unsupported && !options.passthrough.is_empty() {
-                let error = "--passthrough needs Linux 6.9 or later, built with CONFIG_FUSE_PASSTHROUGH";
-                return Failure { exit: exit::NOT_SUPPORTED, ..with_hint(error, WITHOUT_PASSTHROUGH) };
-            }
-            failure(format!("FUSE handshake: {error}"))
-        })
-    }
-
-    /// By the setuid helper, which lets only this user in.
-    fn as_user(
-        core: &Arc<Core>,
-        options: &Options,
-        places: &Places,
-        readers: usize,
-    ) -> Result<Session<Adapter>, Failure> {
-        let user = nix::unistd::geteuid();
-        tracing::warn!("without root only user {user} sees the mount, and all files made in it are theirs");
-        let flags = mount_flags(core, options)?;
-        let mut config = config(readers);
-        config.mount_options = vec![
-            MountOption::FSName(format!("{SOURCE}{}", options.instance)),
-            MountOption::Subtype("nemesisfs".into()),
-            MountOption::DefaultPermissions,
-        ];
-        let read_only = flags.contains(MsFlags::MS_RDONLY);
-        config.mount_options.extend(read_only.then_some(MountOption::RO));
-        Session::new(Adapter(core.clone()), &places.mountpoint, &config).map_err(|error| {
-            let hint = "without root, fusermount3 (package fuse3) makes the mount";
-            with_hint(format!("mount {}: {error}", places.mountpoint.display()), hint)
-        })
-    }
-
-    fn identity(&self, options: &Options, places: &Places) -> Identity {
-        Identity {
-            instance: options.instance.clone(),
-            boot_id: boot_id(),
-            socket: options.socket.clone(),
-            log: options.log.clone(),
-            mount: Some(control::Mount {
-                backing: places.backing.clone(),
-                mountpoint: places.mountpoint.clone(),
-                readers: self.readers,
-            }),
-        }
-    }
-}
-
-/// One more than there are processors: measured best, see `docs/performance.md`.
-fn default_readers() -> usize {
-    std::thread::available_parallelism().map_or(2, usize::from).saturating_add(1).clamp(2, 16)
-}
-
-/// A mount that nobody serves yet: if it comes to nothing, nothing is left behind.
-struct Detach(Option<PathBuf>);
-
-impl Drop for Detach {
-    fn drop(&mut self) {
-        if let Some(mountpoint) = self.0.take() {
-            let _ = unmount(&mountpoint, 0, How::Lazy);
-        }
-    }
-}
-
-fn config(readers: usize) -> fuser::Config {
-    let mut config = fuser::Config::default();
-    config.n_threads = Some(readers);
-    config
-}
-
-/// A mount option: its word, its opposite, what the opposite is to `mount(2)` and how `statvfs` shows it.
-const OPTIONS: &[(&str, &str, MsFlags, FsFlags)] = &[
-    ("rw", "ro", MsFlags::MS_RDONLY, FsFlags::ST_RDONLY),
-    ("suid", "nosuid", MsFlags::MS_NOSUID, FsFlags::ST_NOSUID),
-    ("dev", "nodev", MsFlags::MS_NODEV, FsFlags::ST_NODEV),
-    ("exec", "noexec", MsFlags::MS_NOEXEC, FsFlags::ST_NOEXEC),
-    ("atime", "noatime", MsFlags::MS_NOATIME, FsFlags::ST_NOATIME),
-];
-
-/// What the backing filesystem is mounted with, so is the mount over it; `-o` has the last word.
-fn mount_flags(core: &Core, options: &Options) -> Result<MsFlags, Failure> {
-    let below = fstatvfs(core.tree.backing()).map_or(FsFlags::empty(), |statvfs| statvfs.flags());
-    let words = || OPTIONS.iter().flat_map(|(on, off, ..)| [*on, *off]);
-    if let Some(unknown) = options.mount_options.iter().find(|given| words().all(|word| word != given.as_str())) {
-        let hint = format!("one of: {}", words().collect::<Vec<_>>().join(" "));
-        return Err(Failure { exit: exit::USAGE, ..with_hint(format!("unknown mount option {unknown:?}"), hint) });
-    }
-    let given = |word: &str| options.mount_options.iter().any(|given| given == word);
-    let is_off =
-        |(on, off, _, shown): &&(&str, &str, MsFlags, FsFlags)| given(off) || (below.contains(*shown) && !given(on));
-    Ok(OPTIONS.iter().filter(is_off).fold(MsFlags::empty(), |flags, (_, _, flag, _)| flags | *flag))
-}
-
-/// Everything that runs.
-struct Serving {
-    core: Arc<Core>,
-    identity: Identity,
-    mountpoint: PathBuf,
-    minor: u32,
-    /// Closed when the kernel has ended the connection.
-    ended: Receiver<()>,
-    session: JoinHandle<io::Result<()>>,
-    clock: JoinHandle<()>,
-    stop_clock: Arc<AtomicBool>,
-    /// Dropped, it ends the watch, which nobody waits for: it may hang with the disk.
-    stop_watch: Sender<()>,
-    guard: Guard,
-    control: control::Running,
-    wanted: Receiver<Unmount>,
-}
-
-impl Serving {
-    fn start(
-        core: Arc<Core>,
-        guard: Guard,
-        mounted: Mounted,
-        listener: UnixListener,
-        identity: Identity,
-    ) -> Result<Serving, Failure> {
-        let cannot = |error: io::Error| failure(format!("no thread: {error}"));
-        let thread = |name: &str| std::thread::Builder::new().name(name.into());
-        let Mounted { session, mut place, minor, .. } = mounted;
-        let (sender, ended) = bounded::<()>(0);
-        let session = thread("session").spawn(move || {
-            let result = session.run();
-            drop(sender);
-            result
-        });
-        let stop_clock = Arc::new(AtomicBool::new(false));
-        let (clocked, stop) = (core.clone(), stop_clock.clone());
-        let clock = thread("clock").spawn(move || clock::run(&clocked, &stop));
-        let (stop_watch, stop) = bounded(0);
-        let watched = core.clone();
-        thread("watch").spawn(move || watch::run(&watched, &stop)).map_err(cannot)?;
-        let (unmount, wanted) = unbounded();
-        let some = Some(core.clone());
-        let control =
-            control::start(listener, some, guard.machine.clone(), identity.clone(), unmount).map_err(cannot)?;
-        // From here on it ends in order.
-        let mountpoint = place.0.take().unwrap_or_default();
-        Ok(Serving {
-            core,
-            identity,
-            mountpoint,
-            minor,
-            ended,
-            session: session.map_err(cannot)?,
-            clock: clock.map_err(cannot)?,
-            stop_clock,
-            stop_watch,
-            guard,
-            control,
-            wanted,
-        })
-    }
-
-    /// The stable line of the contract.
-    fn ready_line(&self) -> String {
-        let identity = &self.identity;
-        let log = identity.log.as_ref().map_or_else(|| "-".into(), |log| log.display().to_string());
-        format!(
-            "ready instance={} mount={} socket={} pid={} log={log}",
-            identity.instance,
-            self.mountpoint.display(),
-            identity.socket.display(),
-            std::process::id(),
-        )
-    }
-
-    /// Waits until the mount has ended, and then ends everything else.
-    fn wait(self, signals: &SigSet) {
-        let signalled = wait_for_signals(*signals);
-        let mut cut_at: Option<Instant> = None;
-        loop {
-            let cut = cut_at.map_or_else(never, crossbeam_channel::at);
-            select! {
-                recv(self.ended) -> _ => break,
-                recv(signalled) -> _ => {
-                    self.end_by_signal();
-                    cut_at.get_or_insert_with(|| Instant::now() + LINGER);
-                }
-                recv(self.wanted) -> wanted => {
-                    if let Ok(wanted) = wanted {
-                        let result = self.unmount(wanted.how);
-                        // The client may be gone; the mount ends all the same.
-                        let _ = wanted.done.send(result);
-                    }
-                }
-                recv(cut) -> _ => {
-                    tracing::warn!("the mount is still in use: cutting its connection");
-                    if let Err(error) = mounts::abort(self.minor) {
-                        tracing::error!(%error, "the connection cannot be cut");
-                        break;
-                    }
-                    cut_at = None;
-                }
-            }
-        }
-        self.finish();
-    }
-
-    /// Lets parked requests go on, and from now on parks none.
-    fn let_go(&self) {
-        self.core.parking.close();
-        let held = self.core.parking.take(usize::MAX, |_| true);
-        self.core.resume(held, Ended::Removed);
-    }
-
-    fn unmount(&self, how: How) -> Result<(), Unmounted> {
-        self.let_go();
-        let mountpoint = &self.mountpoint;
-        let result = match how {
-            How::Normal => unmount_patiently(mountpoint, self.minor, PATIENCE),
-            How::Lazy | How::Force => unmount(mountpoint, self.minor, how),
-        };
-        match result {
-            Ok(()) => Ok(()),
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                self.core.parking.open();
-                Err(Unmounted::Busy(holders(mountpoint, true)))
-            }
-            Err(error) => {
-                self.core.parking.open();
-                Err(Unmounted::Failed(error.to_string()))
-            }
-        }
-    }
-
-    fn end_by_signal(&self) {
-        tracing::info!("told to end");
-        self.let_go();
-        let mountpoint = &self.mountpoint;
-        let orderly = unmount_patiently(mountpoint, self.minor, Duration::from_millis(200));
-        if orderly.is_err()
-            && let Err(error) = unmount(mountpoint, self.minor, How::Lazy)
-        {
-            tracing::error!(%error, "the mount cannot be detached");
-        }
-    }
-
-    fn finish(self) {
-        self.core.parking.close();
-        // What was let go may be about to write what is to be lost.
-        if !self.core.workers.wait(AT_IT) {
-            tracing::warn!("requests that went on at the end are still at it: the disk hangs");
-        }
-        for (path, result) in self.core.evict_all(None) {
-            match result {
-                Ok(evicted) => tracing::info!(path, ?evicted, "dropped writes taken back"),
-                Err(error) => tracing::error!(path, %error, "dropped writes could not be taken back"),
-            }
-        }
-        if let Err(error) = self.core.ballast.remove(self.core.tree.backing()) {
-            tracing::error!(%error, "ballast could not be removed");
-        }
-        self.give_coredumps_back();
-        drop((self.stop_watch, self.guard));
-        self.stop_clock.store(true, Release);
-        self.core.parking.wake_clock();
-        let _ = self.clock.join();
-        self.core.ring.change("bye", json!({}));
-        self.control.stop();
-        match self.session.join() {
-            Ok(Ok(())) => tracing::info!("the mount has ended"),
-            Ok(Err(error)) => tracing::error!(%error, "the session has failed"),
-            Err(_) => tracing::error!("the session has panicked"),
-        }
-    }
-}
-
-impl Serving {
-    /// What of this mount wanted coredumps elsewhere has ended with it. A core that is being written is not waited for here:
-    /// then the lease is given back, and whoever watches over the machine does the rest.
-    fn give_coredumps_back(&self) {
-        let machine = self.guard.machine.clone();
-        let lease = control::lease_of(&self.identity.instance);
-        if coredump::lease(&machine, &lease).is_none() {
-            return;
-        }
-        let (done, given) = bounded(1);
-        let give = move || {
-            let _ = done.send(coredump::release(&machine, &lease, coredump::TIMEOUT).map(drop));
-        };
-        let giving = std::thread::Builder::new().name("helper".into()).spawn(give);
-        match giving.map(|_| given.recv_timeout(AT_IT)) {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => tracing::error!(%error, "coredumps are not home yet"),
-            Ok(Err(_)) => tracing::info!("coredumps are not home yet: one is being written, or an agent is asked"),
-            Err(error) => tracing::error!(%error, "coredumps are not home yet"),
-        }
-    }
 }
 
 /// A thread of its own turns signals into messages. It waits for ever, and ends with the process.

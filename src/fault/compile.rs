@@ -4,8 +4,10 @@
 //! and, where there is one, the nearest right word.
 
 mod faults;
+mod kinds;
 mod places;
 mod triggers;
+mod values;
 
 use std::str::FromStr;
 use std::sync::Arc;
