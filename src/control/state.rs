@@ -60,18 +60,19 @@ pub async fn reset(State(control): Shared, RawQuery(query): RawQuery, body: Body
     let all = is_all(query.as_deref())?;
     let cursor = control.cursor();
     let changed = control.core.arming.remove(|_| true);
+    // Nothing holds them any more; they go on when the mode is normal too.
+    let held = control.core.parking.take(usize::MAX, |_| true);
+    let released = held.len();
     let removed: Vec<String> = changed.released.iter().map(|rule| rule.name.to_string()).collect();
     let awaited = changed.released.iter().filter(|rule| rule.is_awaited());
     let unfired: Vec<String> =
         awaited.map(|rule| format!("rule {:?} was required, and has not fired", rule.name)).collect();
     control.in_force(changed).await;
     control.set_mode(Mode::AllowWrites, Life::default()).await;
+    control.core.resume(held, Ended::Removed);
     let (space, mut warnings) = control.clear_space().await;
     warnings.extend(control.give_coredumps_back().await);
     warnings.extend(unfired);
-    let held = control.core.parking.take(usize::MAX, |_| true);
-    let released = held.len();
-    control.core.resume(held, Ended::Removed);
     control.core.holds.forget(None);
     control.ring().change("rule", json!({"action": "reset", "rules": removed, "space": space, "released": released}));
     let mode = control.core.arming.mode().0.word();

@@ -3,6 +3,7 @@
 //! On the main thread of the daemon, before anything is served. Locks: none. Must never: leave a mount that nobody serves.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -38,6 +39,8 @@ impl Mounted {
         let mount = mounts::at(&places.mountpoint).ok().flatten();
         let place = Detach(Some(places.mountpoint.clone()));
         let minor = mount.ok_or_else(|| failure("the mount is not in the mount table"))?.minor;
+        let device = session.as_fd().try_clone_to_owned();
+        let _ = core.device.set(device.map_err(|error| failure(format!("the connection: {error}")))?);
         let _ = core.notifier.set(session.notifier());
         let _ = core.mountpoint.set(places.mountpoint.clone());
         Ok(Mounted { session, place, minor, readers })

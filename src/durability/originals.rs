@@ -66,6 +66,16 @@ impl Originals {
         self.recount();
     }
 
+    /// What a place should have, over what was read there.
+    pub fn overlay(&self, offset: u64, bytes: &mut [u8]) {
+        let end = offset + bytes.len() as u64;
+        for original in &self.all {
+            for at in original.offset.max(offset)..original.range().end.min(end) {
+                bytes[(at - offset) as usize] = original.bytes[(at - original.offset) as usize];
+            }
+        }
+    }
+
     /// A place was written anew: what it has is right.
     pub fn cut(&mut self, range: &Range<u64>) {
         let touched = |original: &Original| original.offset < range.end && original.range().end > range.start;

@@ -26,6 +26,8 @@ pub struct Undo {
     dropped: Ranges,
     /// The size to return to, once something was dropped.
     size: Option<u64>,
+    /// Was a change of the size dropped? Otherwise the file keeps the one it has.
+    resized: bool,
     /// Dropped requests, for the report.
     pub writes: u64,
     /// What the file should have where it was damaged.
@@ -65,11 +67,27 @@ impl Undo {
         };
         let mut saved = Vec::new();
         for gap in self.dropped.gaps(range.start..range.end.min(returns_to)) {
-            saved.push((gap.start, save(gap, file)?));
+            match save(gap.clone(), file) {
+                Ok(bytes) => saved.push((gap.start, bytes)),
+                Err(error) => {
+                    saved.iter().for_each(|(_, bytes): &(u64, Vec<u8>)| release(bytes.len()));
+                    return Err(error);
+                }
+            }
         }
         self.old.extend(saved);
         self.size = Some(returns_to);
         self.dropped.add(range);
+        Ok(())
+    }
+
+    /// To be called before a truncation that is to be lost, as [`Undo::before_drop`] with what is cut off, or grows.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn before_resize(&mut self, range: Range<u64>, file: &mut impl File) -> io::Result<()> {
+        self.before_drop(range, file)?;
+        self.resized = true;
         Ok(())
     }
 
@@ -138,18 +156,23 @@ impl Undo {
     /// What could not be taken back stays in the log, so that it can be tried again.
     pub fn evict(&mut self, file: &mut impl File) -> io::Result<Evicted> {
         let Some(size) = self.size else { return Ok(Evicted::default()) };
-        for range in self.dropped.iter() {
-            file.zero(range.start..range.end.min(size).max(range.start))?;
-        }
+        // First what has blocks already: a hole that is made and then filled could lose them to somebody else.
         for (offset, bytes) in &self.old {
             file.write(*offset, bytes)?;
         }
-        file.truncate(size)?;
+        let mut zeros = self.dropped.clone();
+        self.old.iter().for_each(|(start, bytes)| zeros.remove(*start..*start + bytes.len() as u64));
+        for range in zeros.iter() {
+            file.zero(range.start..range.end.min(size).max(range.start))?;
+        }
+        if self.resized {
+            file.truncate(size)?;
+        }
         let bytes = self.dropped.iter().map(|range| range.end - range.start).fold(0, u64::saturating_add);
         let evicted = Evicted { writes: self.writes, bytes };
         self.old.values().for_each(|bytes| release(bytes.len()));
         self.old.clear();
-        (self.dropped, self.size, self.writes) = (Ranges::default(), None, 0);
+        (self.dropped, self.size, self.resized, self.writes) = (Ranges::default(), None, false, 0);
         Ok(evicted)
     }
 
@@ -260,6 +283,44 @@ mod tests {
         }
     }
 
+    /// Large, of which so many parts can be read.
+    struct Failing(u32);
+
+    impl File for Failing {
+        fn size(&mut self) -> io::Result<u64> {
+            Ok(1 << 30)
+        }
+        fn read(&mut self, _: u64, buffer: &mut [u8]) -> io::Result<usize> {
+            self.0 = self.0.checked_sub(1).ok_or_else(|| io::Error::other("it cannot be read"))?;
+            Ok(buffer.len())
+        }
+        fn write(&mut self, _: u64, _: &[u8]) -> io::Result<()> {
+            Ok(())
+        }
+        fn zero(&mut self, _: Range<u64>) -> io::Result<()> {
+            Ok(())
+        }
+        fn truncate(&mut self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_kept_whole_takes_no_room() {
+        const PART: u64 = LIMIT_BYTES / 5;
+        let mut undo = Undo::default();
+        undo.before_drop(PART..PART + 1, &mut Failing(1)).unwrap();
+        for _ in 0..10 {
+            let error = undo.before_drop(0..PART + 100, &mut Failing(1)).unwrap_err();
+            assert_eq!(
+                error.kind(),
+                io::ErrorKind::Other,
+                "the second part cannot be read, and there is room: {error}"
+            );
+        }
+        assert!(has_room(PART as usize));
+    }
+
     #[test]
     fn eviction_leaves_what_the_kept_writes_alone_would_have_left() {
         let mut state = 11u64;
@@ -284,7 +345,7 @@ mod tests {
                     }
                     1 => {
                         let (old, size) = (seen.0.len() as u64, random(60));
-                        undo.before_drop(size.min(old)..size.max(old), &mut seen).unwrap();
+                        undo.before_resize(size.min(old)..size.max(old), &mut seen).unwrap();
                         seen.truncate(size).unwrap();
                     }
                     2 => {

@@ -55,6 +55,11 @@ impl Corrupt {
         ranges(&changed)
     }
 
+    /// Has a request of so many bytes the place that is to be damaged?
+    pub fn reaches(&self, length: u64) -> bool {
+        length >= self.nth.unwrap_or(1)
+    }
+
     /// The part of the request that the damage may lie in.
     fn place(&self, length: usize, draw: &mut impl FnMut(u64) -> f64) -> Option<Range<usize>> {
         if length == 0 {

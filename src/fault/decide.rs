@@ -11,7 +11,7 @@ use globset::GlobMatcher;
 use siphasher::sip::SipHasher13;
 
 use super::index::Wanted;
-use super::kind::{BadSectors, Fault, SECTOR, Throttle, Timing};
+use super::kind::{BadSectors, Fault, SECTOR, Then, Throttle, Timing};
 use super::op::{FileType, Op, OpSet};
 use super::plan::{Per, Place, Plan, Rule, Scope, Term};
 
@@ -117,11 +117,67 @@ pub struct Decision {
     pub outcome: Outcome,
 }
 
+impl Outcome {
+    fn firing(&self) -> Option<&Firing> {
+        match self {
+            Outcome::Proceed => None,
+            Outcome::Error(_, firing) | Outcome::Alter(firing) => Some(firing),
+        }
+    }
+}
+
 impl Decision {
     /// Nothing fired.
     pub fn is_nothing(&self) -> bool {
         let proceeds = matches!(self.outcome, Outcome::Proceed);
         proceeds && self.delays.is_empty() && self.kills.is_empty() && self.stall.is_none()
+    }
+
+    /// Has a rule that fired been taken out of force since?
+    pub fn is_outdated(&self) -> bool {
+        self.firings().any(|firing| firing.rule.counters.is_retired())
+    }
+
+    /// What was decided by rules that are out of force since does not happen any more.
+    pub fn forget_outdated(&mut self) {
+        let stays = |firing: &Firing| {
+            let stays = !firing.rule.counters.is_retired();
+            (!stays).then(|| firing.revoke());
+            stays
+        };
+        self.delays.retain(stays);
+        self.kills.retain(stays);
+        self.stall.take_if(|firing| !stays(firing));
+        if self.outcome.firing().is_some_and(|firing| !stays(firing)) {
+            self.outcome = Outcome::Proceed;
+        }
+    }
+
+    fn firings(&self) -> impl Iterator<Item = &Firing> {
+        self.delays.iter().chain(&self.kills).chain(&self.stall).chain(self.outcome.firing())
+    }
+
+    /// The firing that ended it.
+    fn decider(&self) -> Option<&Firing> {
+        let deciding = |firing: &&Firing| matches!(firing.fault(), Fault::Stall { then: Then::Error(_), .. });
+        self.outcome.firing().or(self.stall.as_ref().filter(deciding))
+    }
+
+    /// Adds what is left of an earlier decision. What this one decides goes before what the earlier one did.
+    fn add(&mut self, earlier: Decision, op: Op) {
+        let (decided, decider) = (self.decider().is_some(), earlier.decider().map(|firing| firing.rule.clone()));
+        let Decision { delays, kills, stall, outcome } = earlier;
+        let outcome = match outcome {
+            Outcome::Proceed => None,
+            Outcome::Error(_, firing) | Outcome::Alter(firing) => Some(firing),
+        };
+        for firing in delays.into_iter().chain(kills).chain(stall).chain(outcome) {
+            let is_decider = decider.as_ref().is_some_and(|decider| Arc::ptr_eq(decider, &firing.rule));
+            match firing.rule.counters.is_retired() || (decided && is_decider) {
+                true => firing.revoke(),
+                false => drop(apply(firing, op, self)),
+            }
+        }
     }
 
     pub fn delay_ns(&self) -> u64 {
@@ -132,13 +188,44 @@ impl Decision {
 /// Asks the rules in their order. Delays and signals add up; the first rule that decides the outcome ends it, and the rules
 /// after it neither match nor count.
 pub fn decide(plan: &Plan, facts: &impl Facts) -> Decision {
+    go(plan, facts, |_| Met::No)
+}
+
+/// Has a request met a rule already?
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Met {
+    No,
+    Yes,
+    /// And it decided, so that the rules behind it are not asked.
+    Last,
+}
+
+/// What a plan makes of a request when the one by which it was decided has been replaced meanwhile, together with what is
+/// left of that decision. So no request slips through between two sets of rules. Rules of both sets that the request has met
+/// already are not asked, and do not count it, a second time.
+#[cold]
+pub fn decide_again(plan: &Plan, facts: &impl Facts, past: &Plan, decision: Decision) -> Decision {
+    let decider = decision.decider();
+    let is_decider = |rule: &Rule| decider.is_some_and(|decider| Arc::ptr_eq(&decider.rule.counters, &rule.counters));
+    let last = past.rules.iter().position(|rule| is_decider(rule));
+    let met = last.map_or(&past.rules[..], |last| &past.rules[..=last]);
+    let mut again = go(plan, facts, |rule| match met.iter().any(|met| Arc::ptr_eq(&met.counters, &rule.counters)) {
+        true if is_decider(rule) => Met::Last,
+        true => Met::Yes,
+        false => Met::No,
+    });
+    again.add(decision, facts.op());
+    again
+}
+
+fn go(plan: &Plan, facts: &impl Facts, met: impl Fn(&Rule) -> Met) -> Decision {
     let mut decision = Decision::default();
     let candidates = plan.candidates(facts.op());
     if plan.awaited.is_empty() && candidates.iter().all(|word| *word == 0) {
         return decision;
     }
     let paths = facts.path_bits(plan);
-    for i in &plan.awaited {
+    for i in plan.awaited.iter().filter(|i| met(&plan.rules[**i]) == Met::No) {
         look(&plan.rules[*i], facts, paths.as_ref().map(|bits| bits[i / 64] & 1 << (i % 64) != 0));
     }
     let wanted = Wanted { pid: || facts.pid(), uid: facts.uid(), range: facts.range() };
@@ -150,9 +237,12 @@ pub fn decide(plan: &Plan, facts: &impl Facts) -> Decision {
             let rule = &plan.rules[w * 64 + left.trailing_zeros() as usize];
             left &= left - 1;
             let path_known = paths.is_some();
-            if let Some(firing) = ask(rule, facts, path_known)
-                && apply(firing, facts.op(), &mut decision)
-            {
+            let decided = match met(rule) {
+                Met::No => ask(rule, facts, path_known).is_some_and(|firing| apply(firing, facts.op(), &mut decision)),
+                Met::Yes => false,
+                Met::Last => true,
+            };
+            if decided {
                 return decision;
             }
         }
@@ -166,7 +256,7 @@ fn apply(firing: Firing, op: Op, decision: &mut Decision) -> bool {
         Fault::Latency(_) | Fault::Throttle(_) => decision.delays.push(firing),
         Fault::Kill { .. } => decision.kills.push(firing),
         Fault::Stall { then, .. } => {
-            let decided = matches!(then, super::kind::Then::Error(_));
+            let decided = matches!(then, Then::Error(_));
             // A second stall adds nothing to the first, unless it decides: then the first adds nothing to it.
             let idle = match decision.stall.take() {
                 Some(first) if !decided => {
@@ -268,6 +358,11 @@ fn is_type(place: &Place, facts: &impl Facts) -> bool {
     place.file_type.is_none_or(|wanted| facts.file_type() == Some(wanted))
 }
 
+fn alters(fault: &Fault, facts: &impl Facts) -> bool {
+    let (offset, _) = facts.range().unwrap_or_default();
+    fault.alters(facts.op(), (offset, facts.bytes()), facts.direct() == Some(true))
+}
+
 fn touches(range: Option<(u64, u64)>, wanted: &std::ops::Range<u64>) -> bool {
     range.is_some_and(|(offset, length)| offset < wanted.end && offset.saturating_add(length) > wanted.start)
 }
@@ -320,7 +415,7 @@ impl Rule {
 
     /// Could some term act on the request?
     fn acts_on(&self, facts: &impl Facts) -> bool {
-        (0..self.terms.len()).any(|i| self.term_acts_on(i, facts))
+        (0..self.terms.len()).any(|i| self.terms[i].fault.is_some() && self.term_acts_on(i, facts))
     }
 
     fn term_acts_on(&self, i: usize, facts: &impl Facts) -> bool {
@@ -328,6 +423,7 @@ impl Rule {
         meets_condition(term.ops, facts)
             && match &term.fault {
                 Some(Fault::BadSectors(bad)) => self.bad_sector(i, bad, facts).is_some(),
+                Some(fault) if fault.wants_plain_io() => alters(fault, facts),
                 _ => true,
             }
     }
@@ -591,6 +687,34 @@ mod tests {
         assert!(matches!(decision.stall.unwrap().fault(), Fault::Stall { then: Then::Error(libc::EIO), .. }));
         assert!(matches!(decision.outcome, Outcome::Proceed));
         assert_eq!(last.counters.matches.load(Relaxed), 1, "what comes after a decision does not count");
+    }
+
+    #[test]
+    fn a_request_between_two_sets_is_asked_by_both_and_counted_once_by_each_rule() {
+        let latency = rule(r#"{"name":"slow","fault":{"kind":"latency","delay":"5ms"}}"#);
+        let [old, new, kept] = ["old", "new", "kept"].map(|name| error(name, ""));
+        let silent = error("silent", r#","trigger":{"skip":9}"#);
+        let past = Plan::new(1, vec![silent.clone(), latency.clone(), old.clone(), kept.clone()]);
+        let decision = decide(&past, &Write("/"));
+        assert!(!decision.is_outdated());
+        old.counters.retire(true);
+        assert!(decision.is_outdated());
+        let plan = Plan::new(2, vec![silent.clone(), new.clone(), latency.clone(), kept.clone()]);
+        let again = decide_again(&plan, &Write("/"), &past, decision);
+        assert!(matches!(&again.outcome, Outcome::Error(_, firing) if *firing.rule.name == *"new"), "{again:?}");
+        assert_eq!((again.delay_ns(), again.is_outdated()), (5_000_000, false));
+        // What had decided stands if nothing new comes before it; what it kept from being asked is not asked now.
+        new.counters.retire(true);
+        latency.counters.retire(true);
+        let decision = decide(&Plan::new(3, vec![latency.clone(), kept.clone(), silent.clone()]), &Write("/"));
+        let third = Plan::new(3, vec![latency, kept.clone(), silent.clone()]);
+        let fourth = Plan::new(4, vec![kept.clone(), silent.clone()]);
+        let again = decide_again(&fourth, &Write("/"), &third, decision);
+        assert!(matches!(&again.outcome, Outcome::Error(_, firing) if *firing.rule.name == *"kept"), "{again:?}");
+        assert!(again.delays.is_empty());
+        let counts = [&silent, &old, &new, &kept]
+            .map(|rule| (rule.counters.matches.load(Relaxed), rule.counters.injections.load(Relaxed)));
+        assert_eq!(counts, [(1, 0), (1, 0), (1, 1), (1, 1)]);
     }
 
     /// A run can be repeated years later: these numbers must never change.

@@ -119,6 +119,24 @@ impl Fault {
         }
     }
 
+    /// Would such a request be done otherwise? Of a cached read the kernel asks for more than the program, so that only the
+    /// request itself can tell.
+    pub fn alters(&self, op: Op, (offset, length): (u64, u64), direct: bool) -> bool {
+        match self {
+            Fault::Short(portion) => (op == Op::Read && !direct) || portion.of(length).is_some(),
+            Fault::Torn { keep, .. } => !keep.is_all(offset, length),
+            Fault::Misdirect(elsewhere) => elsewhere.of(offset).is_some(),
+            Fault::Corrupt(corrupt) => corrupt.reaches(length),
+            _ => true,
+        }
+    }
+
+    /// Is what the kernel keeps of names and attributes wrong after it? Of what was done and then failed the kernel has not
+    /// taken over what it did.
+    pub fn makes_cached_wrong(&self) -> bool {
+        matches!(self, Fault::Attr(_) | Fault::Error { timing: Timing::After, .. })
+    }
+
     /// Is it about bytes on their way, so that a copy inside the filesystem would pass it by?
     pub fn wants_plain_io(&self) -> bool {
         use Fault::{BadSectors, Corrupt, Misdirect, Short, Torn};
@@ -230,6 +248,11 @@ impl Kept {
         };
         ranges.retain(|range| !range.is_empty());
         ranges
+    }
+
+    /// Is nothing of such a write lost?
+    pub fn is_all(&self, offset: u64, length: u64) -> bool {
+        self.ranges(offset, length).iter().map(|range| range.end - range.start).sum::<u64>() >= length
     }
 }
 

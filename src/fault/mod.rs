@@ -21,7 +21,7 @@ pub mod term;
 pub mod why;
 
 pub use compile::{Problem, compile};
-pub use decide::{Decision, Facts, Firing, Outcome, decide};
+pub use decide::{Decision, Facts, Firing, Outcome, decide, decide_again};
 pub use kind::{Fault, Latency, Then, Timing};
 pub use op::{FileType, Op, OpSet};
 pub use plan::{Counters, Plan, Rule, State};

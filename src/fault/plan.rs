@@ -347,7 +347,9 @@ impl Rule {
     /// By the clock alone, would it fire now?
     pub fn is_in_time(&self, now_ns: u64) -> bool {
         let since = now_ns.saturating_sub(self.armed_ns);
-        since >= self.trigger.after_ns && self.trigger.cycle.is_none_or(|cycle| cycle.is_down(since))
+        self.deadline_ns.is_none_or(|deadline| now_ns < deadline)
+            && since >= self.trigger.after_ns
+            && self.trigger.cycle.is_none_or(|cycle| cycle.is_down(since))
     }
 
     /// Must it still fire, for the run to count?

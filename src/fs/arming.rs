@@ -292,7 +292,7 @@ impl Arming {
         let mut turns = Turns::default();
         for rule in set.rules.iter().chain(&set.mode_rule).filter(|rule| rule.spec.enabled) {
             let ended = |at: u64| rule.deadline_ns.is_some_and(|deadline| deadline <= at);
-            let fires = |at: u64| rule.is_in_time(at) && !ended(at);
+            let fires = |at: u64| rule.is_in_time(at);
             match (ended(from_ns), ended(to_ns)) {
                 (false, true) => turns.ended.push(rule.clone()),
                 (false, false) if fires(to_ns) && !fires(from_ns) => turns.woken.push(rule.clone()),
@@ -328,19 +328,22 @@ impl Arming {
     }
 
     fn swap(&self, set: &mut Set, changed: &Changed) {
-        changed.released.iter().for_each(|rule| rule.counters.retire(true));
-        changed.armed.iter().for_each(|rule| rule.counters.retire(!rule.spec.enabled));
+        let is_in_force = |rule: &&Arc<Rule>| rule.spec.enabled;
+        changed.armed.iter().filter(is_in_force).for_each(|rule| rule.counters.retire(false));
         self.link(set);
         set.plans += 1;
         let rules = set.rules.iter().chain(&set.mode_rule).cloned().collect();
         let plan = Plan::new(set.plans, rules);
         let concerned = plan.concerned();
-        let wrong = |rule: &Arc<Rule>| rule.spec.enabled && rule.faults().any(|fault| matches!(fault, Fault::Attr(_)));
+        let wrong = |rule: &Arc<Rule>| rule.spec.enabled && rule.faults().any(Fault::makes_cached_wrong);
         let cached =
             [Op::Lookup, Op::Getattr].into_iter().any(|op| plan.may_act_on(op)) || plan.rules.iter().any(wrong);
         self.cached.store(cached, Release);
         self.plan.store(Arc::new(plan));
         self.concerned.store(concerned, Release);
+        // Who sees that a rule of the old plan is out of force finds the new one.
+        let out = changed.armed.iter().filter(|rule| !is_in_force(rule)).chain(&changed.released);
+        out.for_each(|rule| rule.counters.retire(true));
     }
 }
 

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::*;
 
 use globset::GlobMatcher;
+use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 
 use super::inode::Inode;
@@ -34,7 +35,7 @@ impl Core {
                     Ok(nothing) if nothing == Evicted::default() => {}
                     result => evicted.push((path, result)),
                 },
-                false => self.forget_pages(inode.id),
+                false => self.forget_pages(inode.id, &(0..0)),
             }
         }
         evicted
@@ -62,15 +63,18 @@ impl Core {
         files.retain(|inode| inode.is_regular());
         let held = self.parked_files();
         files.sort_by_key(|inode| held.contains(&inode.id));
-        let named = files.into_iter().map(|inode| (inode.path(version), inode));
-        let is_meant = |path: &[u8]| glob.is_none_or(|glob| glob.is_match(OsStr::from_bytes(path)));
-        let meant = named.filter(|(path, _)| is_meant(path));
+        // A file is meant by any of its names, and told by that one.
+        let name = |inode: &Arc<Inode>| match glob {
+            None => Some(inode.path(version).to_vec()),
+            Some(glob) => inode.paths().find(|path| glob.is_match(OsStr::from_bytes(path))),
+        };
+        let meant = files.into_iter().filter_map(|inode| Some((name(&inode)?, inode)));
         meant.map(|(path, inode)| (String::from_utf8_lossy(&path).into_owned(), inode)).collect()
     }
 
     fn repair(&self, inode: &Arc<Inode>) -> io::Result<Vec<Original>> {
         // What the kernel still has to write back would come after us.
-        self.forget_pages(inode.id);
+        self.forget_pages(inode.id, &(0..0));
         let file = match inode.open(libc::O_RDWR) {
             Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {
                 self.abandon(inode);
@@ -83,7 +87,7 @@ impl Core {
         inode.undoable.store(!log.is_empty(), Release);
         drop(log);
         inode.changed.store(true, Release);
-        self.forget_pages(inode.id);
+        self.forget_pages(inode.id, &(0..0));
         self.tree.settle(inode.id);
         Ok(repaired)
     }
@@ -93,7 +97,7 @@ impl Core {
     /// # Errors
     /// When the backing file cannot be written; then what is left stays in the log.
     pub fn evict(&self, inode: &Arc<Inode>) -> io::Result<Evicted> {
-        self.forget_pages(inode.id);
+        self.forget_pages(inode.id, &(0..0));
         let file = match inode.open(libc::O_RDWR) {
             Err(error) if error.raw_os_error() == Some(libc::ESTALE) => return Ok(self.abandon(inode)),
             other => File::from(other?),
@@ -107,15 +111,17 @@ impl Core {
             // What came back is free.
             self.counted(inode, &file, || Ok(()))?;
         }
-        self.forget_pages(inode.id);
+        self.forget_pages(inode.id, &(0..0));
         self.tree.settle(inode.id);
         Ok(evicted)
     }
 
-    fn forget_pages(&self, id: u64) {
+    /// Has the kernel forget a range of a file, or, of an empty one, all of it.
+    pub(super) fn forget_pages(&self, id: u64, range: &Range<u64>) {
         if let Some(notifier) = self.notifier.get() {
+            let length = range.end.saturating_sub(range.start).min(i64::MAX as u64 - range.start);
             // Fails once the mount is gone, and then there is no page left.
-            let _ = notifier.inval_inode(fuser::INodeNo(id), 0, 0);
+            let _ = notifier.inval_inode(fuser::INodeNo(id), range.start as i64, length as i64);
         }
     }
 
@@ -132,6 +138,17 @@ impl Core {
 pub(super) struct Backing<'a> {
     pub write: BorrowedFd<'a>,
     pub read: &'a File,
+}
+
+impl Backing<'_> {
+    fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+        let zeros = [0; 64 << 10];
+        let end = range.end.min(stat(self.write)?.st_size as u64);
+        (range.start..end).step_by(zeros.len()).try_for_each(|at| {
+            let length = (end - at).min(zeros.len() as u64) as usize;
+            self.read.write_all_at(&zeros[..length], at)
+        })
+    }
 }
 
 impl undo::File for Backing<'_> {
@@ -152,7 +169,11 @@ impl undo::File for Backing<'_> {
             return Ok(());
         }
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(nix::fcntl::fallocate(self.read, punch, range.start as i64, (range.end - range.start) as i64)?)
+        match nix::fcntl::fallocate(self.read, punch, range.start as i64, (range.end - range.start) as i64) {
+            // A filesystem without holes.
+            Err(Errno::EOPNOTSUPP) => self.write_zeros(range),
+            other => Ok(other?),
+        }
     }
 
     fn truncate(&mut self, size: u64) -> io::Result<()> {

@@ -41,18 +41,26 @@ const PAGE: u64 = 4096;
 struct Cut {
     ino: u64,
     tid: u32,
-    /// Where the call began.
-    call: u64,
+    call: CallRange,
     /// The page that fails.
     at: u64,
     since: Instant,
+    /// The firing that nobody has been told of, because no page has failed yet. If none ever does, it was none.
+    untold: Option<Firing>,
+}
+
+impl Drop for Cut {
+    fn drop(&mut self) {
+        self.untold.iter().for_each(Firing::revoke);
+    }
 }
 
 /// What becomes of a request of a call that is to be short.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum OfCut {
     Serve,
-    Fail,
+    /// With what is to be told, once: the firing, and how many bytes the program gets.
+    Fail(Option<(Firing, u64)>),
 }
 
 /// Firings that programs have not seen yet, and their traces in the kernel's cache.
@@ -204,11 +212,11 @@ impl Holds {
         self.recount(&state);
     }
 
-    /// Makes the call short that a cached read is part of: what becomes of this part of it, and how much the program will
-    /// get. Nothing when the call cannot be short: one page is the least, and it must be seen where the call began.
+    /// Makes the call short that a cached read is part of: what becomes of this part of it. Nothing when the call cannot be
+    /// short: one page is the least, and it must be seen where the call began.
     ///
     /// `size` is the file's.
-    pub fn shorten(&self, piece: &Piece, portion: Portion, size: u64) -> Option<(OfCut, u64)> {
+    pub fn shorten(&self, piece: &Piece, portion: Portion, size: u64, firing: &Firing) -> Option<OfCut> {
         let Waiting::Call(call) = process::waits_in(piece.tid) else { return None };
         let end = call.start.saturating_add(call.length).min(size);
         let part = portion.of(end.saturating_sub(call.start))?;
@@ -222,11 +230,12 @@ impl Holds {
         if state.cuts.len() >= MOST {
             state.cuts.remove(0);
         }
-        state.cuts.push(Cut { ino: piece.ino, tid: piece.tid, call: call.start, at, since: Instant::now() });
+        let untold = Some(firing.clone());
+        state.cuts.push(Cut { ino: piece.ino, tid: piece.tid, call, at, since: Instant::now(), untold });
         let last = state.cuts.len() - 1;
         let now = state.cut(piece, last);
         self.recount(&state);
-        Some((now, at - call.start))
+        Some(now)
     }
 
     /// What becomes of a request, if its call is to be short.
@@ -243,7 +252,7 @@ impl Holds {
         let mut state = self.state.lock();
         let i = state.cuts.iter().position(|cut| cut.is_for(piece))?;
         let now = match waiting {
-            Waiting::Call(call) if call.start == state.cuts[i].call => Some(state.cut(piece, i)),
+            Waiting::Call(call) if call == state.cuts[i].call => Some(state.cut(piece, i)),
             // That call is over.
             _ => {
                 state.cuts.remove(i);
@@ -263,20 +272,25 @@ impl State {
     /// Does this part of a call that is to be short reach the cut? A window that was read ahead fails first, and is asked
     /// again page by page.
     fn cut(&mut self, piece: &Piece, i: usize) -> OfCut {
-        let at = self.cuts[i].at;
+        let cut = &mut self.cuts[i];
+        let (at, done) = (cut.at, cut.at - cut.call.start);
         if piece.range.end <= at {
             return OfCut::Serve;
         }
+        let told = cut.untold.take().map(|firing| (firing, done));
         if piece.range.start >= at && self.lacks(piece) {
             self.cuts.remove(i);
         }
         self.lacking.entry(piece.ino).or_default().add(piece.range.clone());
-        OfCut::Fail
+        OfCut::Fail(told)
     }
 
+    /// Is it the repetition of a page that was left without contents? One page is asked for then: more is a readahead, of pages
+    /// that the kernel has thrown out since.
     fn lacks(&self, piece: &Piece) -> bool {
         let at = piece.range.start;
-        self.lacking.get(&piece.ino).is_some_and(|ranges| ranges.gaps(at..at + 1).is_empty())
+        piece.range.end - at <= PAGE
+            && self.lacking.get(&piece.ino).is_some_and(|ranges| ranges.gaps(at..at + 1).is_empty())
     }
 
     fn run(&self, piece: &Piece) -> Option<&Run> {
@@ -297,8 +311,9 @@ impl State {
     fn note_write(&mut self, piece: &Piece) {
         let start = self.run_start(piece);
         self.runs.retain(|run| (run.tid, run.ino) != (piece.tid, piece.ino));
-        // The kernel cuts calls between pages only: a piece that ends elsewhere is the last of its call.
-        if piece.range.end.is_multiple_of(PAGE) {
+        // Of appends a piece that ends between pages counts as the last of its call, because nothing tells where that began. The
+        // kernel may cut a call anywhere: what of the program's memory is not there yet is sent by itself.
+        if piece.range.end.is_multiple_of(PAGE) || !piece.append {
             if self.runs.len() >= MOST {
                 self.runs.remove(0);
             }

@@ -4,8 +4,6 @@
 //! request for the same pages or names is open (parked, for instance); never by a reader, nor by the control thread.
 //! Costs about two microseconds a file.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::*};
 use std::time::Duration;
@@ -15,7 +13,8 @@ use fuser::INodeNo;
 
 use super::inode::Inode;
 use super::serve::Core;
-use crate::fault::{Fault, Op, Rule};
+use crate::fault::{Fault, Op, Rule, Timing};
+use crate::sys::notify;
 
 /// How long requests that began before a change may take to be through.
 const UNDER_WAY: Duration = Duration::from_secs(1);
@@ -58,11 +57,12 @@ fn wants_pages(rule: &Rule) -> bool {
 }
 
 fn wants_attributes(rule: &Rule) -> bool {
-    rule.place.ops.has(Op::Getattr) || rule.faults().any(|fault| matches!(fault, Fault::Attr(_)))
+    rule.place.ops.has(Op::Getattr) || rule.faults().any(Fault::makes_cached_wrong)
 }
 
 fn wants_names(rule: &Rule) -> bool {
-    rule.place.ops.has(Op::Lookup)
+    let fails_after = |fault: &Fault| matches!(fault, Fault::Error { timing: Timing::After, .. });
+    rule.place.ops.has(Op::Lookup) || rule.faults().any(fails_after)
 }
 
 /// Starts a helper that waits for the requests under way, goes through all known files that the rules are about, and
@@ -110,9 +110,9 @@ fn forget(core: &Core, inode: &Inode, rules: &[Arc<Rule>]) {
     } else if rules.iter().any(|rule| wants_attributes(rule)) {
         let _ = notifier.inval_inode(INodeNo(inode.id), -1, 0);
     }
-    if rules.iter().any(|rule| wants_names(rule)) {
+    if let (true, Some(device)) = (rules.iter().any(|rule| wants_names(rule)), core.device.get()) {
         for (parent, name) in inode.links() {
-            let _ = notifier.inval_entry(INodeNo(parent), OsStr::from_bytes(name.as_bytes()));
+            let _ = notify::expire_entry(device, parent, name.as_encoded_bytes());
         }
     }
 }

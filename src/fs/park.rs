@@ -68,11 +68,14 @@ struct State {
 }
 
 impl Parking {
-    /// Parks a request; gives it back when none can be parked any more, or when what would hold it is out of force.
-    pub fn park(&self, parked: Parked) -> Result<(), Box<Parked>> {
+    /// Parks a request; gives it back when none can be parked any more, or when what would hold it is out of force. `now_ns`
+    /// is asked under the lock: either the clock sees the request when it lets go what a rule held, or the request comes
+    /// after that and sees that the rule's time is over.
+    pub fn park(&self, parked: Parked, now_ns: impl FnOnce() -> u64) -> Result<(), Box<Parked>> {
         let mut state = self.state.lock();
-        let retired = parked.rules.iter().any(|rule| rule.counters.is_retired());
-        if retired || self.closed.load(Acquire) || state.requests.len() >= MOST {
+        let now = now_ns();
+        let over = parked.rules.iter().any(|rule| rule.counters.is_retired() || !rule.is_in_time(now));
+        if over || self.closed.load(Acquire) || state.requests.len() >= MOST {
             return Err(Box::new(parked));
         }
         state.next += 1;
@@ -175,5 +178,38 @@ impl Parking {
             self.changed.wait_for(&mut state, std::time::Duration::from_nanos(next - now_ns));
         }
         state.nudged = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::fault::compile::{Defaults, compile};
+
+    fn held_by(rest: &str) -> Parked {
+        let text = format!(r#"{{"name":"r","fault":{{"kind":"stall"}},"trigger":{{{rest}}}}}"#);
+        let defaults = Defaults { seed: 7, now_ns: 0, created: SystemTime::UNIX_EPOCH };
+        let rule = compile(serde_json::from_str(&text).unwrap(), defaults).unwrap();
+        let caller = Caller { unique: 1, uid: 0, gid: 0, tid: 1 };
+        let decision = Decision::default();
+        let pending = Pending { caller, call: Call::Statfs { ino: 1 }, reply: Reply::None, decision };
+        let rules = [Arc::new(rule)].into_iter().collect();
+        Parked { pending, stalled: true, rules, since_ns: 0, until_ns: None, caller_started: None }
+    }
+
+    /// It was decided in time; when it is parked, the clock has let go already what the rule held.
+    #[test]
+    fn nothing_is_parked_by_a_rule_whose_time_is_over() {
+        for (rest, now_ns, parks) in [
+            (r#""for":"1s""#, 999_999_999, true),
+            (r#""for":"1s""#, 1_000_000_000, false),
+            (r#""up":"1s","down":"1s""#, 1_500_000_000, true),
+            (r#""up":"1s","down":"1s""#, 2_000_000_000, false),
+        ] {
+            let parked = Parking::default().park(held_by(rest), || now_ns);
+            assert_eq!(parked.is_ok(), parks, "{rest} {now_ns}");
+        }
     }
 }

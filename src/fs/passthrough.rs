@@ -23,7 +23,7 @@ use super::files::OpenFile;
 use super::inode::Inode;
 use super::ops::data::open_mode;
 use super::serve::Core;
-use crate::fault::{Op, Rule};
+use crate::fault::{Fault, Op, Rule};
 
 /// The open handles of one file, and who serves them.
 #[derive(Debug, Default)]
@@ -56,6 +56,10 @@ impl Handles {
         state.backing.clone()
     }
 
+    pub fn are_by_kernel(&self) -> bool {
+        self.0.lock().by_kernel > 0
+    }
+
     /// Gives one back; the backing id goes with the last one.
     fn close(&self, by_kernel: bool) {
         let mut state = self.0.lock();
@@ -82,9 +86,13 @@ impl State {
     }
 }
 
-/// Does the rule concern what the kernel does by itself for such a file?
+/// Does the rule concern what the kernel does by itself for such a file, or does it need to know of it?
 fn is_blind_to(rule: &Rule) -> bool {
-    rule.spec.enabled && [Op::Read, Op::Write].iter().any(|op| rule.place.ops.may_concern(*op))
+    let loses = |op: Op| rule.place.ops.may_concern(op) && rule.faults().any(|fault| *fault == Fault::Drop);
+    let concerns = |op: Op| rule.place.ops.may_concern(op);
+    rule.spec.enabled
+        && ([Op::Read, Op::Write].into_iter().any(concerns)
+            || [Op::Setattr, Op::Fallocate, Op::CopyFileRange].into_iter().any(loses))
 }
 
 impl Core {

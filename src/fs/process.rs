@@ -136,9 +136,18 @@ const ASLEEP: Duration = Duration::from_millis(5);
 /// A number and eight words in hexadecimal.
 const LONGEST_LINE: usize = 256;
 
+thread_local! {
+    /// Callers that did not go to sleep (asynchronous I/O, a thread that polls): each is waited for once in a while.
+    static AWAKE: RefCell<Vec<(u32, Instant)>> = const { RefCell::new(Vec::new()) };
+}
+
 /// What the thread waits in. The kernel makes several requests of one call; only this tells where the call began.
 pub fn waits_in(tid: u32) -> Waiting {
     let begin = Instant::now();
+    let was_awake = AWAKE.with_borrow_mut(|awake| {
+        awake.retain(|(_, at)| begin.duration_since(*at) < KEEP);
+        awake.iter().any(|(id, _)| *id == tid)
+    });
     loop {
         let mut line = [0; LONGEST_LINE];
         let read = fs::File::open(format!("/proc/{tid}/syscall")).and_then(|mut file| file.read(&mut line));
@@ -148,7 +157,11 @@ pub fn waits_in(tid: u32) -> Waiting {
         if !text.starts_with("running") {
             return call_in(tid, text);
         }
+        if was_awake {
+            return Waiting::Unknown;
+        }
         if begin.elapsed() > ASLEEP {
+            AWAKE.with_borrow_mut(|awake| awake.push((tid, begin)));
             return Waiting::Unknown;
         }
         std::thread::yield_now();
@@ -158,6 +171,11 @@ pub fn waits_in(tid: u32) -> Waiting {
 /// Does the thread wait for a plain read, and not for a mapping?
 pub fn is_in_read(tid: u32) -> bool {
     matches!(waits_in(tid), Waiting::Call(call) if !call.writes)
+}
+
+/// Does the thread wait for a plain write?
+pub fn is_in_write(tid: u32) -> bool {
+    matches!(waits_in(tid), Waiting::Call(call) if call.writes)
 }
 
 /// Reads `17 0x3 0x7f… 0x1000 0x2000 …`: number and arguments, or -1 when it is in no call.

@@ -10,6 +10,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering::*};
 use std::sync::{Arc, OnceLock};
@@ -32,7 +33,7 @@ use super::tree::Tree;
 use super::workers::Workers;
 use crate::event::{Injection, Ring};
 use crate::fault::kind::{Target, Timing};
-use crate::fault::{Decision, Fault, Firing, Op, Outcome, Rule, Then, decide};
+use crate::fault::{Decision, Fault, Firing, Op, Outcome, Rule, Then, decide, decide_again};
 use crate::space::{Ballast, Capacity};
 
 /// How long the kernel may believe what we said of names and attributes: changes made below us are seen after that.
@@ -53,6 +54,8 @@ pub struct Core {
     pub readers: Readers,
     /// Says to the kernel what it must no longer believe. Set once the session runs; never used by a reader.
     pub notifier: OnceLock<fuser::Notifier>,
+    /// The connection, for the notice that the notifier has not. Set with it.
+    pub device: OnceLock<OwnedFd>,
     /// Where it is mounted. Set with the notifier.
     pub mountpoint: OnceLock<PathBuf>,
     /// Files that the kernel may serve by itself; none where that was not asked for.
@@ -87,6 +90,7 @@ impl Core {
             workers: Workers::default(),
             readers: Readers::default(),
             notifier: OnceLock::new(),
+            device: OnceLock::new(),
             mountpoint: OnceLock::new(),
             passthrough: None,
             block: (statvfs.fragment_size()).clamp(512, 1 << 20),
@@ -105,7 +109,13 @@ impl Core {
                     self.holds.passed(&piece);
                     return self.proceed(caller, call, reply, None);
                 }
-                Some(OfCut::Fail) => return reply.error(libc::EIO),
+                Some(OfCut::Fail(told)) => {
+                    if let Some((firing, done)) = told {
+                        self.inject(&caller, &call, &firing, Told { done: Some(done), ..Told::default() });
+                    }
+                    reply.error(libc::EIO);
+                    return self.ring.wake();
+                }
                 None => {}
             }
             if let Some((errno, firing)) = self.holds.owed(&piece) {
@@ -121,18 +131,34 @@ impl Core {
             }
             return self.proceed(caller, call, reply, None);
         }
-        let decision = decide(&self.arming.plan(), &Request::new(self, &caller, &call));
-        if decision.is_nothing() {
-            if let Call::CopyFileRange { .. } = call
-                && self.arming.plan().plain_io
-            {
-                // The kernel makes reads and writes of it, and rules see those.
-                return reply.error(libc::EOPNOTSUPP);
-            }
-            self.note_passed(&caller, &call);
-            return self.proceed(caller, call, reply, None);
+        let decision = self.decide(&caller, &call);
+        match decision.is_nothing() {
+            true => self.pass(caller, call, reply),
+            false => self.enact(caller, call, reply, decision),
         }
-        self.enact(caller, call, reply, decision);
+    }
+
+    /// A request that no rule decides, although there are rules.
+    fn pass(self: &Arc<Self>, caller: Caller, call: Call<'_>, reply: Reply) {
+        if let Call::CopyFileRange { .. } = call
+            && self.arming.plan().plain_io
+        {
+            // The kernel makes reads and writes of it, and rules see those.
+            return reply.error(libc::EOPNOTSUPP);
+        }
+        self.note_passed(&caller, &call);
+        self.proceed(caller, call, reply, None);
+    }
+
+    /// Asks the rules that are in force. When they change meanwhile those that are new are asked too.
+    fn decide(&self, caller: &Caller, call: &Call<'_>) -> Decision {
+        let (mut plan, request) = (self.arming.plan(), Request::new(self, caller, call));
+        let mut decision = decide(&plan, &request);
+        while decision.is_outdated() {
+            let past = std::mem::replace(&mut plan, self.arming.plan());
+            decision = decide_again(&plan, &request, &past, decision);
+        }
+        decision
     }
 
     /// Does what was decided: signals and waits first, then the outcome.
@@ -150,10 +176,6 @@ impl Core {
             return self.park(caller, call, reply, decision, Wait { stalled: false, rules, until: Some(until) });
         }
         decision.delays.clear();
-        // What was decided by rules that are gone since does not happen any more.
-        if let Some(firing) = decision.stall.take_if(|firing| firing.rule.counters.is_retired()) {
-            firing.revoke();
-        }
         if let Some(firing) = &decision.stall
             && let Fault::Stall { limit_ns, .. } = firing.fault()
         {
@@ -163,11 +185,7 @@ impl Core {
             return self.park(caller, call, reply, decision, Wait { stalled: true, rules, until });
         }
         match decision.outcome {
-            Outcome::Alter(firing) | Outcome::Error(_, firing) if firing.rule.counters.is_retired() => {
-                firing.revoke();
-                self.proceed(caller, call, reply, None);
-            }
-            Outcome::Proceed => self.proceed(caller, call, reply, None),
+            Outcome::Proceed => self.pass(caller, call, reply),
             Outcome::Alter(firing) => self.proceed(caller, call, reply, Some(firing)),
             Outcome::Error(errno, firing) => {
                 self.fail(&caller, call, reply, &firing, Told { errno: Some(errno), ..Told::default() });
@@ -227,7 +245,7 @@ impl Core {
             until_ns: wait.until,
         };
         self.ring.wake();
-        if let Err(parked) = self.parking.park(parked) {
+        if let Err(parked) = self.parking.park(parked, || self.ring.now_ns()) {
             if self.parking.is_full() {
                 tracing::warn!(limit = super::park::MOST, "no more requests can be parked: one goes on at once");
             }
@@ -265,6 +283,7 @@ impl Core {
             let told = Told { errno: Some(errno), repeat: true, ..Told::default() };
             return self.fail(&caller, call, reply, &firing, told);
         }
+        decision.forget_outdated();
         self.enact(caller, call, reply, decision);
     }
 
@@ -299,7 +318,7 @@ impl Core {
         });
     }
 
-    fn finish(&self, caller: &Caller, call: Call<'_>, mut reply: Reply, altered: Option<&Firing>) {
+    fn finish(self: &Arc<Self>, caller: &Caller, call: Call<'_>, mut reply: Reply, altered: Option<&Firing>) {
         if let Some(firing) = altered {
             return self.finish_altered(caller, call, reply, firing);
         }
@@ -312,18 +331,48 @@ impl Core {
         self.ring.wake();
     }
 
+    /// Tells an error of what was done. Pages that it has changed the kernel forgets by itself only when it hears so. On
+    /// another thread: to make it forget can take requests that this one has to serve.
+    fn fail_after(self: &Arc<Self>, caller: &Caller, call: Call<'_>, reply: Reply, firing: Firing, told: Told) {
+        let changed = match &call {
+            Call::Fallocate { ino, offset, length, .. } => (*ino, *offset..offset.saturating_add(*length)),
+            Call::CopyFileRange { to_ino, to_offset, length, .. } => {
+                (*to_ino, *to_offset..to_offset.saturating_add(*length))
+            }
+            Call::Setattr { ino, changes, .. } if changes.size.is_some() => (*ino, 0..0),
+            _ => return self.fail(caller, call, reply, &firing, told),
+        };
+        let (core, caller, call, (ino, pages)) = (self.clone(), *caller, call.into_owned(), changed);
+        self.workers.run(move || match &call {
+            // The kernel writes no page back while it truncates: it cannot forget any before the answer.
+            Call::Setattr { .. } => {
+                core.fail(&caller, call, reply, &firing, told);
+                core.forget_pages(ino, &(0..0));
+            }
+            _ => {
+                core.forget_pages(ino, &pages);
+                core.fail(&caller, call, reply, &firing, told);
+            }
+        });
+    }
+
     /// Does it as a firing wants it. What could not be done otherwise than asked for is no injection.
     #[cold]
-    fn finish_altered(&self, caller: &Caller, call: Call<'_>, mut reply: Reply, firing: &Firing) {
+    fn finish_altered(self: &Arc<Self>, caller: &Caller, call: Call<'_>, mut reply: Reply, firing: &Firing) {
         let performed = self.perform_altered(caller, &call, firing, &mut reply);
         self.readers.about_to_answer();
         match performed {
             Ok((answer, Some(told))) if told.errno.is_some() => {
                 self.take_back(&call, answer);
-                return self.fail(caller, call, reply, firing, told);
+                return self.fail_after(caller, call, reply, firing.clone(), told);
             }
             Ok((answer, told)) => {
+                if !matches!(answer, Answer::AskAgain) {
+                    self.note_passed(caller, &call);
+                }
                 match told {
+                    // It has not happened yet.
+                    Some(told) if told.later => {}
                     Some(told) => self.inject(caller, &call, firing, told),
                     None => firing.revoke(),
                 }
@@ -466,6 +515,8 @@ pub struct Told {
     pub changed: Option<Arc<Vec<Range<u64>>>>,
     pub delay_ns: u64,
     pub repeat: bool,
+    /// It is told when it has happened, by the request in which it does: see [`super::hold`].
+    pub later: bool,
 }
 
 /// How a request is made to wait.

@@ -12,6 +12,7 @@ pub mod ids;
 pub mod ioctl;
 pub mod memory;
 pub mod mounts;
+pub mod notify;
 pub mod stat;
 pub mod xattr;
 

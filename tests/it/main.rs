@@ -18,6 +18,7 @@ mod crashes;
 mod databases;
 mod devices;
 mod docs;
+mod edges;
 mod engine;
 mod events;
 mod faults;

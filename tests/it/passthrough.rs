@@ -144,6 +144,42 @@ fn a_rule_that_cannot_reach_an_open_file_says_so_and_one_that_can_fires() {
     mounted.end();
 }
 
+/// What is written past us, an undo log would not know, and cut off.
+#[test]
+fn nothing_is_lost_of_a_file_that_the_kernel_serves() {
+    let mounted = mounted();
+    let file = File::create(mounted.path("fast/f")).unwrap();
+    file.write_all_at(&[1; 100], 0).unwrap();
+    for op in ["truncate", "fallocate"] {
+        let fault = json!({"match": {"ops": [op], "path": "/fast/*"}, "fault": {"kind": "drop"}});
+        let answer = mounted.rule("r", fault);
+        assert!(answer["warnings"].to_string().contains("/fast/f"), "{answer}");
+        file.set_len(50).unwrap();
+        nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, 100).unwrap();
+        file.write_all_at(&[2; 100_000], 100).unwrap();
+        file.sync_all().unwrap();
+        mounted.cli(&["evict"]);
+        let kept = std::fs::read(mounted.backing.join("fast/f")).unwrap();
+        assert!(kept.len() == 100_100 && kept[100..] == [2; 100_000], "{op}: {}", kept.len());
+        assert!(mounted.injections("r").is_empty(), "{op}");
+        assert_eq!(mounted.http("GET", "/v1/rules/r", None).body["injections"], 0, "{op}");
+    }
+    drop(file);
+    all_closed(&mounted);
+    // Opened anew it is ours, and its truncation can be lost.
+    let file = OpenOptions::new().write(true).open(mounted.path("fast/f")).unwrap();
+    mounted.rule("r", json!({"match": {"ops": ["truncate"], "path": "/fast/*"}, "fault": {"kind": "drop"}}));
+    drop(file);
+    all_closed(&mounted);
+    let file = OpenOptions::new().write(true).open(mounted.path("fast/f")).unwrap();
+    file.set_len(10).unwrap();
+    mounted.cli(&["evict"]);
+    assert_eq!(mounted.injections("r").len(), 1);
+    assert_eq!(std::fs::metadata(mounted.backing.join("fast/f")).unwrap().len(), 100_100);
+    drop(file);
+    mounted.end();
+}
+
 #[test]
 fn a_file_opened_under_a_rule_stays_ours_until_its_last_close() {
     let mounted = mounted();

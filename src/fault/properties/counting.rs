@@ -81,7 +81,13 @@ impl Term {
     }
 
     fn acts_on(&self, sketch: &Sketch, request: &Request) -> bool {
-        let able = self.act != Act::Short || matches!(request.op, Op::Read | Op::Write);
+        let more_than_a_byte = request.range.is_some_and(|(_, length)| length > 1);
+        let able = match (self.act, request.op) {
+            (Act::Short, Op::Read) => request.direct != Some(true) || more_than_a_byte,
+            (Act::Short, Op::Write) => more_than_a_byte,
+            (Act::Short, _) => false,
+            _ => true,
+        };
         able && (sketch.ops.is_empty() || sketch.ops.iter().any(|word| means(word, request)))
     }
 }

@@ -47,6 +47,7 @@ impl Core {
 
     fn alter(&self, caller: &Caller, call: &Call<'_>, firing: &Firing, reply: &mut Reply) -> io::Result<Altered> {
         match (firing.fault(), call) {
+            (Fault::Drop, _) if self.is_beyond_undo(call) => Ok((self.dispatch(caller, call, false, reply)?, None)),
             (Fault::Drop, _) => Ok((self.dispatch(caller, call, true, reply)?, Some(Told::default()))),
             (Fault::Error { errors, .. }, _) => {
                 let errno = Some(errors.pick(call.op(), firing.draw(0)));
@@ -56,7 +57,7 @@ impl Core {
                 let answer = self.dispatch(caller, call, false, reply)?;
                 Ok((misreport(answer, wrong), Some(Told::default())))
             }
-            (Fault::Short(portion), Call::Read { .. }) => self.read_short(caller, call, *portion),
+            (Fault::Short(portion), Call::Read { .. }) => self.read_short(caller, call, *portion, firing),
             (Fault::Short(portion), Call::Write { .. }) => self.write_short(caller, call, *portion),
             (Fault::Torn { keep, then }, Call::Write { .. }) => self.write_torn(caller, call, keep, *then),
             (Fault::Corrupt(corrupt), Call::Read { .. }) => self.read_damaged(call, corrupt, firing),
@@ -65,6 +66,17 @@ impl Core {
             (Fault::Misdirect(elsewhere), Call::Write { .. }) => self.write_astray(caller, call, *elsewhere, firing),
             _ => Ok((self.dispatch(caller, call, false, reply)?, None)),
         }
+    }
+
+    /// Is it a change of a file whose writes the kernel does by itself? What they store could not be told from what is to be
+    /// taken back.
+    fn is_beyond_undo(&self, call: &Call<'_>) -> bool {
+        let inode = match call {
+            Call::CopyFileRange { to_ino, .. } => *to_ino,
+            Call::Setattr { ino, .. } | Call::Fallocate { ino, .. } => *ino,
+            _ => return false,
+        };
+        self.tree.get(inode).is_ok_and(|inode| inode.handles.are_by_kernel())
     }
 
     /// What a caller is not told after all: references and handles that the kernel will not give back.
@@ -84,36 +96,37 @@ impl Core {
 
     /// Through the page cache a short answer would make the kernel take the file for shorter: see [`crate::fs::hold`]. So
     /// would one for a mapping, which goes through it whatever the handle.
-    fn read_short(&self, caller: &Caller, call: &Call<'_>, portion: Portion) -> io::Result<Altered> {
+    fn read_short(&self, caller: &Caller, call: &Call<'_>, portion: Portion, firing: &Firing) -> io::Result<Altered> {
         let Call::Read { fh, offset, size, flags, .. } = call else { return Err(misfit()) };
         let file = self.files.get(*fh)?;
-        let cut = match file.cached && flags & libc::O_DIRECT == 0 {
-            false => None,
-            true => match self.piece(caller, call) {
-                Some(piece) => self.holds.shorten(&piece, portion, stat(&file.file)?.st_size as u64),
-                None => None,
-            },
+        let cut = match self.piece(caller, call).filter(|piece| piece.cached) {
+            Some(piece) => self.holds.shorten(&piece, portion, stat(&file.file)?.st_size as u64, firing),
+            None => None,
         };
-        if let Some((OfCut::Fail, done)) = cut {
-            return Ok((Answer::AskAgain, Some(Told { done: Some(done), ..Told::default() })));
+        if let Some(OfCut::Fail(told)) = cut {
+            let told = told.map(|(_, done)| Told { done: Some(done), ..Told::default() });
+            return Ok((Answer::AskAgain, told));
         }
         let Answer::Data(mut data) = self.read(*fh, *offset, *size, *flags)? else { return Err(misfit()) };
-        let done = match cut {
-            Some((_, done)) => Some(done),
+        let told = match cut {
+            Some(_) => Some(Told { later: true, ..Told::default() }),
             None if file.cached || !process::is_in_read(caller.tid) => None,
-            None => portion.of(data.len() as u64).map(|part| whole_sectors(part, *flags)),
+            None => portion.of(data.len() as u64).map(|part| {
+                let done = whole_sectors(part, *flags);
+                data.truncate(done as usize);
+                Told { done: Some(done), ..Told::default() }
+            }),
         };
-        if let (Some(part), false) = (done, file.cached) {
-            data.truncate(part as usize);
-        }
-        Ok((Answer::Data(data), done.map(|done| Told { done: Some(done), ..Told::default() })))
+        Ok((Answer::Data(data), told))
     }
 
     fn write_short(&self, caller: &Caller, call: &Call<'_>, portion: Portion) -> io::Result<Altered> {
         let Call::Write { ino, fh, offset, data, flags, origin } = call else { return Err(misfit()) };
         let cached = self.files.get(*fh)?.cached;
-        // Nobody waits for what a mapping writes back, and of a direct write through a cache the kernel makes an error.
-        let can_be = !origin.writeback && (flags & libc::O_DIRECT == 0 || !cached);
+        // Nobody waits for what a mapping writes back. Of a direct write the kernel makes an error where the handle has a cache,
+        // and where the program does not wait for it (io_uring, libaio).
+        let can_be =
+            !origin.writeback && (flags & libc::O_DIRECT == 0 || (!cached && process::is_in_write(caller.tid)));
         let length = data.len() as u64;
         // The disk below takes no less than a sector past the cache.
         let least = if flags & libc::O_DIRECT == 0 { 1 } else { SECTOR };

@@ -146,7 +146,7 @@ impl Core {
         self.change(inode, fd, |file| {
             if drop {
                 let old = stat(file.fd)?.st_size as u64;
-                file.lose(size.min(old)..size.max(old))?;
+                file.lose_size(size.min(old)..size.max(old))?;
             }
             judged(caller, inode, || Ok(nix::unistd::ftruncate(file.fd, size as i64)?))?;
             if !drop {

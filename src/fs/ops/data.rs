@@ -144,8 +144,8 @@ impl Core {
             (file, false) => read_at(file, &mut data, offset)?,
         };
         data.truncate(length);
-        let direct = !file.cached || flags & libc::O_DIRECT != 0;
-        if direct && file.inode.undoable.load(Acquire) {
+        // By the flags of now, not by the handle: one without a cache for the sake of a rule reads as the others do.
+        if flags & libc::O_DIRECT != 0 && file.inode.undoable.load(Acquire) {
             file.inode.undo.lock().overlay(offset, &mut data);
         }
         Ok(Answer::Data(data))
@@ -166,7 +166,13 @@ impl Core {
         let capability = origin.writeback.then(|| capability(&file.file)).flatten();
         let plain = matches!(manner, Manner::Kept);
         let written = match !plain || self.capacity.limits() || file.inode.undoable.load(Acquire) {
-            false => put(data, *offset)?,
+            false => {
+                let written = put(data, *offset)?;
+                if file.inode.undoable.load(SeqCst) {
+                    self.note_kept(&file.inode, *offset..*offset + written as u64);
+                }
+                written
+            }
             true => {
                 // The kernel can tell a caller that only part was written, unless nobody waits for it or it goes past
                 // the cache on a handle that has one.
@@ -192,6 +198,12 @@ impl Core {
             Sync::of(*flags).keep(&file.file)?;
         }
         Ok(Answer::Written(written as u32))
+    }
+
+    /// A write that saw no undo log has come between the log's beginning and what is to be lost: a page of a mapping, say.
+    #[cold]
+    fn note_kept(&self, inode: &Inode, range: Range<u64>) {
+        inode.undo.lock().after_kept(range);
     }
 
     pub(super) fn copy_file_range(&self, caller: &Caller, call: &Call<'_>, drop: bool) -> io::Result<Answer> {
@@ -444,8 +456,10 @@ impl Change<'_> {
                 room_to_keep(data.len())?;
                 self.lock_undo();
                 let written = put(&written[..data.len()], offset)?;
-                self.wrote(false, offset..offset + written as u64);
-                for part in parts.iter().map(part).filter(|part| !part.is_empty()) {
+                let end = offset + written as u64;
+                self.wrote(false, offset..end);
+                let written_part = |part: Range<u64>| part.start..part.end.min(end).max(part.start);
+                for part in parts.iter().map(part).map(written_part).filter(|part| !part.is_empty()) {
                     let original = &data[(part.start - offset) as usize..(part.end - offset) as usize];
                     self.keep_original(part.start, original, mark);
                 }
@@ -472,6 +486,11 @@ impl Change<'_> {
         let had = read_at(&file, &mut covered, place)?;
         covered.truncate(had);
         file.write_all_at(&data[..had], place)?;
+        if let Some(undo) = &self.undo {
+            // It may be lost or damaged already.
+            undo.overlay(place, &mut covered);
+            undo.originals.overlay(place, &mut covered);
+        }
         self.wrote(false, place..place + had as u64);
         // What was lost before may not take the size back.
         self.wrote(true, end..end);
@@ -497,13 +516,26 @@ impl Change<'_> {
 
     /// Saves what a dropped write is about to cover.
     pub fn lose(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.begin_to_lose(|undo, file| undo.before_drop(range, file))
+    }
+
+    /// Saves what a dropped change of the size is about to cut off.
+    pub fn lose_size(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.begin_to_lose(|undo, file| undo.before_resize(range, file))
+    }
+
+    fn begin_to_lose(&mut self, begin: impl FnOnce(&mut Undo, &mut Backing<'_>) -> io::Result<()>) -> io::Result<()> {
         let readable = File::from(self.inode.open(libc::O_RDWR)?);
         let inode = self.inode;
         let undo = self.undo.get_or_insert_with(|| inode.undo.lock());
-        undo.before_drop(range, &mut Backing { write: self.fd, read: &readable })?;
-        undo.writes += 1;
-        inode.undoable.store(true, Release);
-        Ok(())
+        // Before the size and the old bytes are looked at: a write that does not see it has been done by then.
+        inode.undoable.store(true, SeqCst);
+        let begun = begin(undo, &mut Backing { write: self.fd, read: &readable });
+        match &begun {
+            Ok(()) => undo.writes += 1,
+            Err(_) => inode.undoable.store(!undo.is_empty(), Release),
+        }
+        begun
     }
 
     /// Notes what was written: to stay, or to be lost.
