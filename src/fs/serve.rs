@@ -441,10 +441,9 @@ impl Core {
 
     /// A refusal by the capacity: an injection of the reserved rule `space`, or of the mode that made it.
     pub fn inject_space(&self, caller: &Caller, call: &Call<'_>, done: Option<u64>, errno: Option<i32>) {
-        let (mode, space) = (self.arming.mode().1, &self.arming.space);
-        let by_mode = mode
-            .as_ref()
-            .filter(|rule| rule.faults().any(|fault| *fault == Fault::Full) && self.capacity.is_full_by_mode());
+        let (plan, space) = (self.arming.plan(), &self.arming.space);
+        let is_full = |rule: &&Arc<Rule>| rule.faults().any(|fault| *fault == Fault::Full);
+        let by_mode = plan.rules.iter().rev().find(is_full).filter(|_| self.capacity.is_full_by_mode());
         let counters = &by_mode.unwrap_or(space).counters;
         counters.matches.fetch_add(1, Relaxed);
         let nth = counters.injections.fetch_add(1, Relaxed) + 1;

@@ -255,9 +255,11 @@ impl Core {
             }
             full
         });
-        match failed {
-            Some(error) if !listed_any => Err(error),
-            _ => answer,
+        match (failed, answer) {
+            (Some(error), _) if !listed_any => Err(error),
+            // What was added has references that the kernel takes over; it meets the error when it goes on.
+            (_, Err(_)) if listed_any => Ok(Answer::Directory),
+            (_, answer) => answer,
         }
     }
 
