@@ -86,6 +86,21 @@ impl Firing {
         self.rule.note_told()
     }
 
+    /// After [`Firing::revoke`], when something could be done after all: counts it again, if there is one left.
+    pub fn renew(&mut self) -> bool {
+        let counts = self.scope.as_deref().unwrap_or(&self.rule.counters.whole);
+        let fired = &self.rule.counters.terms[self.term].fired;
+        if !take(fired, self.rule.terms[self.term].limit) {
+            return false;
+        }
+        let nth = self.rule.claim(counts);
+        match nth {
+            Some(nth) => self.nth = nth,
+            None => drop(fired.fetch_sub(1, Relaxed)),
+        }
+        nth.is_some()
+    }
+
     /// It turned out that nothing could be done to the request: as if the rule had not fired.
     pub fn revoke(&self) {
         let counters = &self.rule.counters;

@@ -45,22 +45,19 @@ struct Cut {
     /// The page that fails.
     at: u64,
     since: Instant,
-    /// The firing that nobody has been told of, because no page has failed yet. If none ever does, it was none.
+    /// The firing, as long as no page has failed: if none ever does, the kernel has them all, and it was none.
     untold: Option<Firing>,
-}
-
-impl Drop for Cut {
-    fn drop(&mut self) {
-        self.untold.iter().for_each(Firing::revoke);
-    }
 }
 
 /// What becomes of a request of a call that is to be short.
 #[derive(Debug)]
 pub enum OfCut {
     Serve,
-    /// With what is to be told, once: the firing, and how many bytes the program gets.
-    Fail(Option<(Firing, u64)>),
+    /// The program gets so many bytes. With the firing, counted, if it is to be told now.
+    Fail {
+        done: u64,
+        firing: Option<Firing>,
+    },
 }
 
 /// Firings that programs have not seen yet, and their traces in the kernel's cache.
@@ -230,10 +227,12 @@ impl Holds {
         if state.cuts.len() >= MOST {
             state.cuts.remove(0);
         }
-        let untold = Some(firing.clone());
-        state.cuts.push(Cut { ino: piece.ino, tid: piece.tid, call, at, since: Instant::now(), untold });
+        state.cuts.push(Cut { ino: piece.ino, tid: piece.tid, call, at, since: Instant::now(), untold: None });
         let last = state.cuts.len() - 1;
         let now = state.cut(piece, last);
+        if let (OfCut::Serve, Some(cut)) = (&now, state.cuts.get_mut(last)) {
+            cut.untold = Some(firing.clone());
+        }
         self.recount(&state);
         Some(now)
     }
@@ -277,12 +276,17 @@ impl State {
         if piece.range.end <= at {
             return OfCut::Serve;
         }
-        let told = cut.untold.take().map(|firing| (firing, done));
+        let mut firing = cut.untold.take();
+        if firing.as_mut().is_some_and(|firing| !firing.renew()) {
+            // Others have had the last one meanwhile.
+            self.cuts.remove(i);
+            return OfCut::Serve;
+        }
         if piece.range.start >= at && self.lacks(piece) {
             self.cuts.remove(i);
         }
         self.lacking.entry(piece.ino).or_default().add(piece.range.clone());
-        OfCut::Fail(told)
+        OfCut::Fail { done, firing }
     }
 
     /// Is it the repetition of a page that was left without contents? One page is asked for then: more is a readahead, of pages

@@ -109,8 +109,8 @@ impl Core {
                     self.holds.passed(&piece);
                     return self.proceed(caller, call, reply, None);
                 }
-                Some(OfCut::Fail(told)) => {
-                    if let Some((firing, done)) = told {
+                Some(OfCut::Fail { done, firing }) => {
+                    if let Some(firing) = firing {
                         self.inject(&caller, &call, &firing, Told { done: Some(done), ..Told::default() });
                     }
                     reply.error(libc::EIO);
@@ -371,8 +371,6 @@ impl Core {
                     self.note_passed(caller, &call);
                 }
                 match told {
-                    // It has not happened yet.
-                    Some(told) if told.later => {}
                     Some(told) => self.inject(caller, &call, firing, told),
                     None => firing.revoke(),
                 }
@@ -514,8 +512,6 @@ pub struct Told {
     pub changed: Option<Arc<Vec<Range<u64>>>>,
     pub delay_ns: u64,
     pub repeat: bool,
-    /// It is told when it has happened, by the request in which it does: see [`super::hold`].
-    pub later: bool,
 }
 
 /// How a request is made to wait.

@@ -103,13 +103,13 @@ impl Core {
             Some(piece) => self.holds.shorten(&piece, portion, stat(&file.file)?.st_size as u64, firing),
             None => None,
         };
-        if let Some(OfCut::Fail(told)) = cut {
-            let told = told.map(|(_, done)| Told { done: Some(done), ..Told::default() });
-            return Ok((Answer::AskAgain, told));
+        if let Some(OfCut::Fail { done, .. }) = cut {
+            return Ok((Answer::AskAgain, Some(Told { done: Some(done), ..Told::default() })));
         }
         let Answer::Data(mut data) = self.read(*fh, *offset, *size, *flags)? else { return Err(misfit()) };
         let told = match cut {
-            Some(_) => Some(Told { later: true, ..Told::default() }),
+            // It has not happened yet: it counts when it does.
+            Some(_) => None,
             None if file.cached || !process::is_in_read(caller.tid) => None,
             None => portion.of(data.len() as u64).map(|part| {
                 let done = whole_sectors(part, *flags);
