@@ -30,7 +30,8 @@ use crate::event::Ring;
 use crate::fault::compile::path_glob;
 use crate::fault::document;
 use crate::fs::Core;
-use crate::fs::mount::{Living, Places, prepare};
+pub use crate::fs::mount::holders_of;
+use crate::fs::mount::{Living, Places, lives_on, prepare};
 use crate::host::state::StateDir;
 use crate::host::{Guard, Machine};
 use crate::sys::memory;
@@ -92,6 +93,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     let living = others(&options)?;
     let places = prepare(&options.backing, &options.mountpoint, &living)
         .map_err(|refused| with_hint(refused.reason, refused.hint))?;
+    forget_the_dead(&options.run_dir, &places.mountpoint);
     keep_out_of_mount(&options, &places)?;
     let (core, _alone) = open_backing(&places, &options)?;
     arm(&core, &options)?;
@@ -157,8 +159,7 @@ impl Claim {
         if let Ok(lock) = lock(file) {
             return Ok(Claim { path, lock });
         }
-        let error = format!("an instance {instance:?} is running already");
-        Err(with_hint(error, format!("nemesisfs umount --instance {instance}, or --instance another")))
+        Err(running_already(run_dir, instance))
     }
 
     fn write(&self, identity: &Identity) -> io::Result<()> {
@@ -170,6 +171,7 @@ impl Claim {
             backing: mount.map(|mount| mount.backing.clone()),
             socket: identity.socket.clone(),
             log: identity.log.clone(),
+            connection: mount.map(|mount| mount.connection),
         };
         let file: &File = &self.lock;
         file.set_len(0)?;
@@ -184,13 +186,32 @@ impl Drop for Claim {
     }
 }
 
+/// Of those that died at this place nothing is left: their mounts were removed.
+fn forget_the_dead(run_dir: &Path, mountpoint: &Path) {
+    let found = instances::list(run_dir).unwrap_or_default();
+    found.iter().filter(|dead| !dead.alive && dead.is_mounted_at(mountpoint)).for_each(instances::Instance::forget);
+}
+
+fn running_already(run_dir: &Path, instance: &str) -> Failure {
+    let error = format!("an instance {instance:?} is running already");
+    let living = instances::living(run_dir).unwrap_or_default();
+    match living.iter().find(|other| other.state.instance == instance).and_then(|other| other.detached()) {
+        None => with_hint(error, format!("nemesisfs umount --instance {instance}, or --instance another")),
+        Some(connection) => with_hint(
+            format!("{error}, and detached: {}", lives_on(&holders_of(connection))),
+            format!("--instance another, or nemesisfs umount --instance {instance} --force, which cuts it off"),
+        ),
+    }
+}
+
 fn others(options: &Options) -> Result<Vec<Living>, Failure> {
     let living = instances::living(&options.run_dir)
         .map_err(|error| failure(format!("{}: {error}", options.run_dir.display())))?;
     let others = living.into_iter().filter(|other| other.state.instance != options.instance);
     let living = |other: instances::Instance| {
+        let detached = other.detached();
         let State { instance, backing, mountpoint, .. } = other.state;
-        Some(Living { instance, backing: backing?, mountpoint: mountpoint? })
+        Some(Living { instance, backing: backing?, mountpoint: mountpoint?, detached })
     };
     Ok(others.filter_map(living).collect())
 }

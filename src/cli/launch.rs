@@ -170,7 +170,9 @@ pub fn launch(launch: &Launch) -> Result<String, ClientError> {
     let log = launch.log;
     let end_of_log = fs::metadata(log).map(|meta| meta.len()).unwrap_or_default();
     let verb = launch.words.first().map(|verb| verb.to_string_lossy()).unwrap_or_default();
-    let (reader, mut daemon) = start(launch).map_err(|error| ClientError::failed(format!("{verb}: {error}")))?;
+    let output = open_log(log).map_err(|error| cannot_open(log, &error))?;
+    let (reader, mut daemon) =
+        start(launch, output).map_err(|error| ClientError::failed(format!("{verb}: {error}")))?;
     match hear(reader) {
         Some(words) if !words.is_empty() => told(&words),
         Some(_) => Err(died(&mut daemon, log, end_of_log)),
@@ -203,7 +205,8 @@ fn open_log(path: &Path) -> io::Result<File> {
 }
 
 fn cannot_open(log: &Path, error: &io::Error) -> ClientError {
-    ClientError::failed(format!("the log {} cannot be opened: {error}", log.display())).hint("--log FILE names another")
+    ClientError::failed(format!("the log {} cannot be opened: {error}", log.display()))
+        .hint("NEMESISFS_RUNDIR names another run directory, --log FILE another log")
 }
 
 /// This program. By its own name the process is listed as what it is; the link still works when the file was replaced.
@@ -215,8 +218,7 @@ pub fn program() -> Command {
 }
 
 /// Starts this program again. The only end of the pipe that stays open here is the one for reading.
-fn start(launch: &Launch) -> io::Result<(OwnedFd, Child)> {
-    let log = open_log(launch.log)?;
+fn start(launch: &Launch, log: File) -> io::Result<(OwnedFd, Child)> {
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     fcntl(&writer, FcntlArg::F_SETFD(FdFlag::empty()))?;
     let mut command = program();

@@ -35,10 +35,21 @@ fn rows(world: &World) -> Result<Vec<Value>, ClientError> {
     }
     let told = |what: &str, error: std::io::Error| ClientError::failed(format!("{what}: {error}"));
     let found = instances::list(world.run_dir).map_err(|error| told(&world.run_dir.display().to_string(), error))?;
-    let mut rows = in_parallel(&found, |instance| of_instance(instance, limit));
     let mounts = mounts::all().map_err(|error| told("/proc/self/mountinfo", error))?;
     let others: Vec<&Mount> = mounts.iter().filter(|mount| is_not_owned(mount, &found)).collect();
-    rows.extend(in_parallel(&others, |mount| of_mount(mount)));
+    let of_others: Vec<(&Mount, Value)> =
+        others.iter().copied().zip(in_parallel(&others, |mount| of_mount(mount))).collect();
+    let is_stale = |mount: &Mount| of_others.iter().any(|(other, row)| *other == mount && row["state"] == "stale");
+    // Of a dead one whose place another has taken, nothing is left that somebody could want to know or clean.
+    let is_replaced = |dead: &Instance| {
+        let mut there =
+            mounts.iter().filter(|mount| mount.instance().is_some() && dead.is_mounted_at(&mount.mountpoint));
+        there.any(|mount| !is_stale(mount))
+    };
+    let shown: Vec<&Instance> = found.iter().filter(|instance| instance.alive || !is_replaced(instance)).collect();
+    let mut rows = in_parallel(&shown, |instance| of_instance(instance, limit));
+    let is_told = |mount: &Mount| is_stale(mount) && shown.iter().any(|dead| !dead.alive && dead.has_left(mount));
+    rows.extend(of_others.iter().filter(|(mount, _)| !is_told(mount)).map(|(_, row)| row.clone()));
     Ok(rows)
 }
 
@@ -55,7 +66,7 @@ fn of_instance(instance: &Instance, limit: Duration) -> Value {
     let state = &instance.state;
     let mut row = json!({
         "instance": state.instance, "state": "dead", "mode": null, "rules": null, "mountpoint": state.mountpoint,
-        "backing": state.backing, "pid": state.pid, "socket": state.socket, "log": state.log,
+        "backing": state.backing, "pid": state.pid, "socket": state.socket, "log": state.log, "seed": null,
     });
     if instance.alive {
         row = ask(&Host::Unix(state.socket.clone()), limit, row);
@@ -72,7 +83,8 @@ fn ask(host: &Host, limit: Duration, mut row: Value) -> Value {
         row["state"] = json!("unresponsive");
         return row;
     };
-    row["state"] = json!("alive");
+    let detached = health.body.get("mounted") == Some(&json!(false));
+    row["state"] = json!(if detached { "detached" } else { "alive" });
     for key in ["instance", "mode", "rules", "mountpoint", "backing", "pid", "socket", "log", "seed"] {
         if let Some(value) = health.body.get(key) {
             row[key] = value.clone();
@@ -87,7 +99,10 @@ fn is_not_owned(mount: &Mount, instances: &[Instance]) -> bool {
         return false;
     };
     let owns = |instance: &Instance| {
-        instance.alive && instance.state.instance == name && instance.is_mounted_at(&mount.mountpoint)
+        instance.alive
+            && instance.state.instance == name
+            && instance.serves(mount)
+            && instance.is_mounted_at(&mount.mountpoint)
     };
     !instances.iter().any(owns)
 }

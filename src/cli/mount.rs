@@ -149,7 +149,9 @@ fn free_name(run_dir: &Path, mountpoint: &Path) -> Result<String, ClientError> {
     // The same mountpoint again is for the daemon to refuse, and not a reason for another name.
     let taken = |name: &str| {
         name == machine::NAME
-            || living.iter().any(|other| other.state.instance == name && !other.is_mounted_at(mountpoint))
+            || living.iter().any(|other| {
+                other.state.instance == name && (!other.is_mounted_at(mountpoint) || other.detached().is_some())
+            })
     };
     let numbered = (2..).map(|number| format!("{name}-{number}"));
     Ok(std::iter::once(name.clone()).chain(numbered).find(|name| !taken(name)).unwrap_or(name))
@@ -222,6 +224,7 @@ mod tests {
             backing: Some("/b".into()),
             socket: "/s".into(),
             log: None,
+            connection: None,
         };
         let file = dir.path().join("data.json");
         fs::write(&file, serde_json::to_vec(&state).unwrap()).unwrap();

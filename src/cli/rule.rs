@@ -77,7 +77,7 @@ pub struct AddArgs {
 pub struct WaitArgs {
     name: String,
     /// How many times it must have fired
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     injections: u64,
     /// Count from this cursor, which any reply to a change has told, and not from the arming of the rule
     #[arg(long, value_name = "CURSOR")]

@@ -74,6 +74,7 @@ fn alive(fake: &Fake, name: &str) -> Flock<File> {
         backing: Some("/backing".into()),
         socket: fake.socket.clone(),
         log: None,
+        connection: None,
     };
     let file = fake.dir().join(format!("{name}.json"));
     fs::write(&file, serde_json::to_vec(&state).unwrap()).unwrap();

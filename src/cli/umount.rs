@@ -10,8 +10,9 @@ use clap::Args;
 use nix::errno::Errno;
 use serde_json::json;
 
-use crate::client::instances::{self, Instance, State, lexical, without_touching};
-use crate::client::{Client, ClientError, Host, exit};
+use crate::client::instances::{self, Instance, State, without_touching};
+use crate::client::{Client, ClientError, Host, Reply, exit};
+use crate::daemon::holders_of;
 use crate::sys::mounts::{self, FILESYSTEM_TYPE, Mount};
 
 use super::console::Outcome;
@@ -19,6 +20,8 @@ use super::session::{Session, World, on_each};
 
 /// How long a daemon may take to end after it has unmounted.
 const END_LIMIT: Duration = Duration::from_secs(20);
+/// And one that was detached, which nobody is known to hold.
+const LAZY_LIMIT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 pub struct UmountArgs {
@@ -67,16 +70,21 @@ pub fn run(world: &World, args: &UmountArgs) -> u8 {
 /// A host that was chosen by its socket or address is told to unmount; whether its process has ended cannot be seen.
 fn remote(session: &Session, args: &UmountArgs) -> Result<Outcome, ClientError> {
     let reply = session.patient(Some(END_LIMIT))?.post("/v1/unmount", &json!({"how": args.how()}))?;
-    Ok(super::session::shown(reply, vec![format!("{} unmounted", session.target.name)]))
+    let said = detached(&reply).unwrap_or_else(|| format!("{} unmounted", session.target.name));
+    Ok(super::session::shown(reply, vec![said]))
+}
+
+/// What the daemon says of a mount that has no place any more, and is still held.
+fn detached(reply: &Reply) -> Option<String> {
+    Some(reply.body.get("detail")?.as_str()?.to_owned())
 }
 
 fn local(world: &World, args: &UmountArgs) -> Result<String, ClientError> {
     let found = instances::list(world.run_dir)
         .map_err(|error| ClientError::failed(format!("{}: {error}", world.run_dir.display())))?;
     let wanted: Vec<&Instance> = found.iter().filter(|instance| is_meant(instance, args)).collect();
-    let living = wanted.iter().find(|instance| instance.alive);
     let mountpoint = match (&args.mountpoint, wanted.first()) {
-        (Some(path), _) => lexical(path),
+        (Some(path), _) => without_touching(path),
         (None, Some(instance)) => match &instance.state.mountpoint {
             Some(mountpoint) => mountpoint.clone(),
             None => return end_without_mount(world, instance),
@@ -86,7 +94,10 @@ fn local(world: &World, args: &UmountArgs) -> Result<String, ClientError> {
             return Ok(format!("{name}: not mounted{}", of_others(name)?));
         }
     };
-    if let Some(instance) = living {
+    let top = ours_at(&mountpoint)?.filter(|_| args.mountpoint.is_some());
+    // Others are detached from there, and live on.
+    let is_there = |instance: &Instance| top.as_ref().is_none_or(|mount| instance.serves(mount));
+    if let Some(instance) = wanted.iter().find(|instance| instance.alive && is_there(instance)) {
         return end_living(world, instance, args, &mountpoint);
     }
     let said = end_dead(&mountpoint, args)?;
@@ -137,17 +148,25 @@ fn end_living(world: &World, instance: &Instance, args: &UmountArgs, mountpoint:
     let answer = if args.force { connect } else { END_LIMIT };
     let client = Client::new(Host::Unix(instance.state.socket.clone()), connect)?.answer_within(Some(answer));
     let asked = client.post("/v1/unmount", &json!({"how": args.how()}));
+    let limit = if args.lazy { LAZY_LIMIT } else { END_LIMIT };
     let ended = match asked {
-        Ok(_) => has_ended_within(instance, END_LIMIT),
+        Ok(reply) => match detached(&reply) {
+            Some(said) => return Ok(said),
+            None => has_ended_within(instance, limit),
+        },
         // It may have ended before its answer was on its way.
         Err(error) if error.exit == exit::NO_INSTANCE && has_ended_within(instance, Duration::from_secs(1)) => true,
         Err(error) if error.exit == exit::NO_INSTANCE && args.force => false,
+        Err(error) if error.exit == exit::NO_INSTANCE && !instance.state.socket.exists() => {
+            unmount_untold(instance, mountpoint, args.lazy)?;
+            has_ended_within(instance, limit)
+        }
         Err(error) => return Err(error),
     };
     match (ended, args.force) {
         (true, _) => {
             if args.force {
-                detach_if_there(mountpoint)?;
+                detach_if_there(instance, mountpoint)?;
             }
             Ok(format!("{} unmounted", mountpoint.display()))
         }
@@ -166,28 +185,43 @@ fn end_living(world: &World, instance: &Instance, args: &UmountArgs, mountpoint:
     }
 }
 
+/// For a daemon whose socket somebody has removed: it ends with its mount, whoever unmounts that.
+fn unmount_untold(instance: &Instance, mountpoint: &Path, lazily: bool) -> Result<(), ClientError> {
+    let Some(mount) = ours_at(mountpoint)?.filter(|mount| instance.serves(mount)) else { return Ok(()) };
+    match mounts::unmount(&mount.mountpoint, lazily) {
+        Err(Errno::EBUSY) => {
+            let (holders, pid) = (holders_of(mount.minor), instance.state.pid);
+            let list = holders.iter().map(|h| json!({"pid": h.pid, "comm": h.comm, "what": h.what.to_string_lossy()}));
+            let mut error = ClientError::failed(format!("{} is busy", mountpoint.display()));
+            error.problem["holders"] = list.collect();
+            Err(error.hint(format!("its socket is gone: --lazy, --force, or `kill {pid}`, which is orderly too")))
+        }
+        other => other.map_err(|error| cannot_unmount(mountpoint, error)),
+    }
+}
+
 /// For a daemon that does not answer: its connection is cut from outside.
 fn abort(instance: &Instance, mountpoint: &Path) -> Result<String, ClientError> {
-    cut(mountpoint)?;
+    cut(ours_at(mountpoint)?.filter(|mount| instance.serves(mount)))?;
     if has_ended_within(instance, Duration::from_secs(2)) {
         return Ok(format!("{} unmounted by force", mountpoint.display()));
     }
     Ok(format!("{} unmounted by force; pid {} hangs and still exists", mountpoint.display(), instance.state.pid))
 }
 
-fn cut(mountpoint: &Path) -> Result<(), ClientError> {
-    if let Some(mount) = ours_at(mountpoint)? {
+fn cut(mount: Option<Mount>) -> Result<(), ClientError> {
+    if let Some(mount) = mount {
         mounts::abort(mount.minor).map_err(|error| {
             ClientError::failed(format!("connection {} cannot be aborted: {error}", mount.minor))
                 .hint("this needs root and fusectl at /sys/fs/fuse/connections")
         })?;
-        detach(mountpoint, true)?;
+        detach(&mount.mountpoint, true)?;
     }
     Ok(())
 }
 
-fn detach_if_there(mountpoint: &Path) -> Result<(), ClientError> {
-    match ours_at(mountpoint)? {
+fn detach_if_there(instance: &Instance, mountpoint: &Path) -> Result<(), ClientError> {
+    match ours_at(mountpoint)?.filter(|mount| instance.serves(mount)) {
         Some(_) => detach(mountpoint, true),
         None => Ok(()),
     }
@@ -212,22 +246,27 @@ fn end_dead(mountpoint: &Path, args: &UmountArgs) -> Result<String, ClientError>
         return Ok(format!("{}: not mounted", mountpoint.display()));
     };
     let mountpoint = mount.mountpoint.as_path();
+    let is_dead = mounts::is_disconnected(mountpoint);
     match mount.filesystem.as_str() {
         // The instance of that name has ended, and since then somebody else has mounted there.
-        FILESYSTEM_TYPE if args.mountpoint.is_none() && !mounts::is_disconnected(mountpoint) => {
+        FILESYSTEM_TYPE if args.mountpoint.is_none() && !is_dead => {
             let place = mountpoint.display();
             return Ok(format!("not mounted; what is mounted at {place} belongs to another run directory"));
         }
-        FILESYSTEM_TYPE if args.force => cut(mountpoint)?,
+        FILESYSTEM_TYPE if args.force => cut(Some(mount.clone()))?,
         FILESYSTEM_TYPE if args.lazy => detach(mountpoint, true)?,
         FILESYSTEM_TYPE => end_unknown(mountpoint)?,
-        "fuse" if mounts::is_disconnected(mountpoint) => detach(mountpoint, true)?,
+        "fuse" if is_dead => detach(mountpoint, true)?,
         other => {
             let detail = format!("{} is a mount of type {other}, and not ours", mountpoint.display());
             return Err(ClientError::failed(detail).hint("umount(8) unmounts it"));
         }
     }
-    Ok(format!("{} unmounted; no living instance served it", mountpoint.display()))
+    let who = match mount.instance().filter(|_| !is_dead) {
+        Some(name) => format!("instance {name} of another run directory, or whose state is lost, served it"),
+        None => "no living instance served it".into(),
+    };
+    Ok(format!("{} unmounted; {who}", mountpoint.display()))
 }
 
 fn end_unknown(mountpoint: &Path) -> Result<(), ClientError> {

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::error::ClientError;
+use super::error::{ClientError, exit};
 use super::instances::{self, Instance};
 
 /// Where a daemon listens.
@@ -50,20 +50,34 @@ impl Target {
     }
 }
 
-/// The instances that the words of `-H` mean, or without any, the only living one of `run_dir`.
+/// The instances that the words of `-H` mean, or without any, the only living one of `run_dir`. Of several words one that
+/// nobody answers to keeps nothing from being done on the others: it is found out when it is asked.
 pub fn resolve(words: &[String], run_dir: &Path) -> Result<Vec<Target>, ClientError> {
     if words.is_empty() {
         return only_living(run_dir).map(|target| vec![target]);
     }
     let mut targets: Vec<Target> = Vec::new();
     for word in words {
-        for target in parse(word, run_dir)? {
+        let found = match parse(word, run_dir) {
+            Err(error) if error.exit == exit::NO_INSTANCE && words.len() > 1 => vec![absent(word, run_dir)],
+            found => found?,
+        };
+        for target in found {
             if !targets.iter().any(|known| known.host == target.host) {
                 targets.push(target);
             }
         }
     }
     Ok(targets)
+}
+
+/// Where the one would be that a word means.
+fn absent(word: &str, run_dir: &Path) -> Target {
+    let path = word.strip_prefix("unix://").or_else(|| word.strip_prefix("unix:")).unwrap_or(word);
+    Target::of(Host::Unix(match path.contains('/') {
+        true => path.into(),
+        false => run_dir.join(format!("{path}.sock")),
+    }))
 }
 
 fn parse(word: &str, run_dir: &Path) -> Result<Vec<Target>, ClientError> {
@@ -142,7 +156,6 @@ fn names(instances: &[Instance]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::error::exit;
     use super::*;
 
     fn resolve_in(dir: &Path, words: &[&str]) -> Result<Vec<String>, ClientError> {
@@ -170,6 +183,14 @@ mod tests {
             assert_eq!(resolve_in(dir.path(), &[word]).unwrap_err().exit, exit::USAGE, "{word}");
         }
         assert_eq!(resolve_in(dir.path(), &["tcp://[::1]:80"]).unwrap(), ["tcp://[::1]:80"]);
+    }
+
+    #[test]
+    fn of_several_one_that_does_not_live_keeps_the_others_from_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let gone = format!("unix://{}/gone.sock", dir.path().display());
+        assert_eq!(resolve_in(dir.path(), &["/x/y", "gone"]).unwrap(), ["unix:///x/y", &gone]);
+        assert_eq!(resolve_in(dir.path(), &["/no/*.sock", "/x/y"]).unwrap(), ["unix:///no/*.sock", "unix:///x/y"]);
     }
 
     #[test]

@@ -11,6 +11,8 @@ use std::path::{Component, Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::sys::mounts::{self, Mount};
+
 /// What a daemon writes about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
@@ -22,6 +24,9 @@ pub struct State {
     pub socket: PathBuf,
     #[serde(default)]
     pub log: Option<PathBuf>,
+    /// The number of the mount's connection to the kernel.
+    #[serde(default)]
+    pub connection: Option<u32>,
 }
 
 /// A state file that was found, and whether its daemon lives.
@@ -99,6 +104,27 @@ impl Instance {
         self.state.mountpoint.as_deref().is_some_and(|mountpoint| same_place(mountpoint, path))
     }
 
+    /// The connection of one that lives on without a place, since it was detached. What counts is what its own process
+    /// sees.
+    pub fn detached(&self) -> Option<u32> {
+        let connection = self.state.connection.filter(|_| self.alive)?;
+        let seen = mounts::seen_by(self.state.pid).ok()?;
+        seen.iter().all(|mount| !mount.is_of(connection)).then_some(connection)
+    }
+
+    /// Whether a mount of ours is that of this daemon.
+    pub fn serves(&self, mount: &Mount) -> bool {
+        match self.state.connection {
+            Some(connection) => mount.is_of(connection),
+            None => mount.instance() == Some(&self.state.instance),
+        }
+    }
+
+    /// Whether a mount of ours is what this daemon has left, when it died.
+    pub fn has_left(&self, mount: &Mount) -> bool {
+        self.serves(mount) && self.is_mounted_at(&mount.mountpoint)
+    }
+
     /// Removes what a dead daemon left in the run directory. The lock keeps a daemon that starts under the same name
     /// from losing its new files.
     pub fn forget(&self) {
@@ -118,15 +144,11 @@ fn is_running(pid: i32) -> bool {
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
-/// The absolute form of a path, found without looking at what it names: it may be a dead mount, and every look would
-/// fail or hang. Symbolic links and `..` on the way there are resolved, for the kernel's mount table has none.
+/// The absolute form of a path, found without looking at what is mounted there: it may be dead, and every look would fail
+/// or hang. Symbolic links are resolved, for the kernel's mount table has none.
 pub fn without_touching(path: &Path) -> PathBuf {
     let absolute = lexical(path);
-    let resolved = match (absolute.parent(), absolute.file_name()) {
-        (Some(parent), Some(name)) => parent.canonicalize().ok().map(|parent| parent.join(name)),
-        _ => None,
-    };
-    resolved.unwrap_or(absolute)
+    mounts::place(&absolute).unwrap_or(absolute)
 }
 
 /// The absolute form of a path by its words alone.
@@ -163,6 +185,7 @@ mod tests {
             backing: Some("/b".into()),
             socket: dir.join(format!("{name}.sock")),
             log: None,
+            connection: None,
         };
         let file = dir.join(format!("{name}.json"));
         fs::write(&file, serde_json::to_vec(&state).unwrap()).unwrap();
@@ -211,8 +234,13 @@ mod tests {
     fn a_mountpoint_is_found_by_a_path_through_a_symbolic_link() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("real/mnt")).unwrap();
-        std::os::unix::fs::symlink("real", dir.path().join("link")).unwrap();
+        let link = |to: &str, name: &str| std::os::unix::fs::symlink(to, dir.path().join(name)).unwrap();
+        link("real", "link");
+        link("link/../real/mnt", "last");
+        link("round", "round");
         assert!(same_place(&dir.path().join("real/mnt"), &dir.path().join("link/mnt/")));
+        assert!(same_place(&dir.path().join("real/mnt"), &dir.path().join("last/")));
         assert!(!same_place(&dir.path().join("real/mnt"), &dir.path().join("link")));
+        assert!(!same_place(&dir.path().join("real/mnt"), &dir.path().join("round")));
     }
 }

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::problem::Problem;
+use crate::fault;
 use crate::fault::compile::nearest;
 use crate::fault::document;
 
@@ -26,9 +27,21 @@ fn is_too_large(error: &(dyn std::error::Error + 'static)) -> bool {
     error.is::<http_body_util::LengthLimitError>() || error.source().is_some_and(is_too_large)
 }
 
-/// Reads a body as a document; an empty one is `{}`.
+/// Reads a body as an object; an empty one is `{}`. A list would be taken for the fields in their order.
 pub async fn read<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     let text = bytes(body).await?;
+    if text.trim_ascii_start().starts_with(b"[") {
+        return Err(fault::Problem::new("#", "a list, where an object is wanted").hint("write {…}").into());
+    }
+    parse(text)
+}
+
+/// Reads a body that may be of any form.
+pub async fn read_any(body: Body) -> Result<Value, Problem> {
+    parse(bytes(body).await?)
+}
+
+fn parse<T: DeserializeOwned>(text: Vec<u8>) -> Result<T, Problem> {
     let text = if text.trim_ascii().is_empty() { b"{}".to_vec() } else { text };
     Ok(document::from_json(&text)?)
 }
@@ -39,7 +52,10 @@ pub fn query(query: Option<&str>, known: &[&str]) -> Result<Map<String, Value>, 
     for (name, value) in form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
         if !known.contains(&&*name) {
             let near = nearest(&name, known.iter().copied()).map(|near| format!("did you mean {near:?}?"));
-            let hint = near.unwrap_or_else(|| format!("one of: {}", known.join(" ")));
+            let hint = near.unwrap_or_else(|| match known {
+                [] => "this route takes none: what a change wants is in its body".into(),
+                known => format!("one of: {}", known.join(" ")),
+            });
             return Err(Problem::bad_request(format!("unknown parameter {name:?}")).hint(hint));
         }
         values.insert(name.into_owned(), Value::String(value.into_owned()));

@@ -1,11 +1,14 @@
 //! `/v1/events`: the stream, as server-sent events or as lines of JSON.
 //!
 //! On the control thread. Each client is a cursor into the ring, moved when its connection takes more: a client that
-//! does not read costs nothing and is told afterwards how much it missed.
+//! does not read costs nothing and is told afterwards how much it missed. One that reads a lot takes turns with the others
+//! and with all else that the socket is asked; those that read the same events share their lines.
+//!
+//! Locks: that of the lines, for an instant, and taken by this thread alone.
 
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::{RawQuery, State};
 use axum::http::{HeaderMap, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -13,14 +16,21 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use futures_util::stream::{self, Stream};
 use globset::GlobMatcher;
+use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
 use super::problem::Problem;
 use super::{Answer, AnyDaemon, OfAny, Service, body};
-use crate::event::{Cursor, Filter, Read};
-use crate::fault::compile::{name_glob, path_glob};
+use crate::event::{Cursor, Filter, Read, Record};
+use crate::fault::Op;
+use crate::fault::compile::{name_glob, nearest, path_glob};
+use crate::fault::kind::KINDS;
 
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// So many events a client looks at in one turn: then others have theirs.
+const TURN: u32 = 32;
+/// So many lines are kept for other clients: enough for those that take turns at the same place.
+const LINES: usize = 1024;
 
 /// What a cursor says.
 #[derive(Debug, PartialEq, Eq)]
@@ -41,7 +51,41 @@ pub fn parse_id(id: &str, boot_id: &str) -> Option<Id> {
 struct Message {
     id: Option<String>,
     name: &'static str,
-    data: Value,
+    /// One JSON object and the end of the line.
+    line: Bytes,
+}
+
+impl Message {
+    /// One of the stream itself.
+    fn new(name: &'static str, data: &Value) -> Message {
+        Message { id: None, name, line: line(data) }
+    }
+}
+
+fn line(data: &Value) -> Bytes {
+    format!("{data}\n").into()
+}
+
+/// The lines of events that were asked for last, by the events' numbers.
+pub struct Lines(Mutex<Vec<Option<(u64, Bytes)>>>);
+
+impl Default for Lines {
+    fn default() -> Self {
+        Lines(Mutex::new(vec![None; LINES]))
+    }
+}
+
+impl Lines {
+    fn of(&self, seq: u64, make: impl FnOnce() -> Bytes) -> Bytes {
+        let place = seq as usize % LINES;
+        let known = self.0.lock()[place].clone().filter(|(known, _)| *known == seq);
+        if let Some((_, line)) = known {
+            return line;
+        }
+        let line = make();
+        self.0.lock()[place] = Some((seq, line.clone()));
+        line
+    }
 }
 
 /// A client's place.
@@ -56,7 +100,27 @@ struct Place {
     /// A gap to be told before all else: it resumed after a restart.
     lost: bool,
     ended: bool,
+    /// Events that were looked at in this turn.
+    looked: u32,
 }
+
+/// The names of events, which `kind` takes as well as the kinds of faults.
+const NAMES: &[&str] = &[
+    "injection",
+    "rule",
+    "mode",
+    "space",
+    "power",
+    "device",
+    "coredump",
+    "gate",
+    "request",
+    "process",
+    "writeback",
+    "gap",
+    "hello",
+    "bye",
+];
 
 const PARAMETERS: &[&str] = &["follow", "since", "rule", "kind", "op", "path", "pid", "limit"];
 
@@ -85,6 +149,7 @@ pub async fn stream(State(service): OfAny, headers: HeaderMap, RawQuery(query): 
         greeted: false,
         lost,
         ended: false,
+        looked: 0,
     };
     let accepted = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     Ok(match accepted.contains("application/x-ndjson") {
@@ -106,17 +171,28 @@ fn filter(query: &Map<String, Value>) -> Result<Filter, Problem> {
         let bad = |error: String| Problem::bad_request(format!("{name}: {error}"));
         Ok(Some(built.map_err(bad)?.compile_matcher()))
     };
+    let word = |name: &str, known: Vec<&'static str>| match text(query, name) {
+        Some(word) if !known.contains(&word) => {
+            let hint = match nearest(word, known.iter().copied()) {
+                Some(near) => format!("did you mean {near:?}?"),
+                None => format!("one of: {}", known.join(" ")),
+            };
+            Err(Problem::bad_request(format!("{name}: no event has {word:?}")).hint(hint))
+        }
+        word => Ok(word.map(str::to_string)),
+    };
     Ok(Filter {
         rule: glob("rule")?,
-        kind: text(query, "kind").map(str::to_string),
-        op: text(query, "op").map(str::to_string),
+        kind: word("kind", KINDS.iter().map(|kind| kind.word).chain(NAMES.iter().copied()).collect())?,
+        op: word("op", Op::ALL.iter().map(|op| op.word()).collect())?,
         path: glob("path")?,
         pid: body::number(query, "pid")?.map(|pid| pid as u32),
     })
 }
 
 fn event(message: Message) -> Event {
-    let event = Event::default().event(message.name).data(message.data.to_string());
+    let data = String::from_utf8_lossy(&message.line);
+    let event = Event::default().event(message.name).data(data.trim_end());
     match message.id {
         Some(id) => event.id(id),
         None => event,
@@ -124,7 +200,7 @@ fn event(message: Message) -> Event {
 }
 
 fn lines(place: Place) -> Response {
-    let lines = messages(place).map(|message| Ok::<_, std::convert::Infallible>(format!("{}\n", message.data)));
+    let lines = messages(place).map(|message| Ok::<_, std::convert::Infallible>(message.line));
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }
 
@@ -148,6 +224,11 @@ impl Place {
             if self.ended || self.left == Some(0) {
                 return None;
             }
+            if self.looked == TURN {
+                self.looked = 0;
+                tokio::task::yield_now().await;
+            }
+            self.looked += 1;
             let published = service.published.notified();
             tokio::pin!(published);
             published.as_mut().enable();
@@ -159,7 +240,8 @@ impl Place {
                     if self.ended || self.filter.wants(&record) {
                         self.left = self.left.map(|left| left - 1);
                         let (id, name) = (service.id(Cursor(record.seq)), record.event());
-                        return Some(Message { id: Some(id), name, data: service.record_json(&record) });
+                        let line = service.lines.of(record.seq, || line(&service.record_json(&record)));
+                        return Some(Message { id: Some(id), name, line });
                     }
                 }
                 Read::Gap { missed, next } => {
@@ -179,18 +261,18 @@ impl Place {
             "oldest": self.service.id(ring.oldest()), "newest": self.service.cursor(),
             "seed": self.service.seed,
         });
-        Message { id: None, name: "hello", data }
+        Message::new("hello", &data)
     }
 
     /// Events were lost to this client: so many, or, over a restart, nobody knows how many.
     fn gap(&self, missed: Option<u64>) -> Message {
         let data = json!({"event": "gap", "missed": missed, "next": self.service.id(self.at)});
-        Message { id: None, name: "gap", data }
+        Message::new("gap", &data)
     }
 }
 
 impl Service {
-    pub(super) fn record_json(&self, record: &crate::event::Record) -> Value {
+    pub(super) fn record_json(&self, record: &Record) -> Value {
         record.json(&self.identity.boot_id, &self.identity.instance)
     }
 }
@@ -198,6 +280,22 @@ impl Service {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_is_made_once_for_those_who_read_the_same_event() {
+        let lines = Lines::default();
+        let made = std::cell::Cell::new(0);
+        let get = |seq: u64| {
+            lines.of(seq, || {
+                made.set(made.get() + 1);
+                line(&json!(seq))
+            })
+        };
+        assert_eq!((get(7), get(7)), ("7\n".into(), "7\n".into()));
+        assert_eq!(made.get(), 1);
+        assert_eq!(get(7 + LINES as u64), format!("{}\n", 7 + LINES));
+        assert_eq!((get(7), made.get()), ("7\n".into(), 3));
+    }
 
     #[test]
     fn an_id_of_an_earlier_daemon_is_told_from_ours_and_from_rubbish() {

@@ -11,6 +11,7 @@ mod coredump;
 mod damage;
 mod devices;
 mod events;
+mod marks;
 mod mode;
 mod problem;
 mod redirect;
@@ -27,8 +28,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{FromRef, State};
+use axum::extract::{FromRef, Request, State};
 use axum::http::{Method, Uri};
+use axum::middleware::{Next, from_fn};
+use axum::response::Response;
 use axum::routing::{get, post};
 use crossbeam_channel::Sender;
 use serde_json::Value;
@@ -64,19 +67,24 @@ pub struct Identity {
 pub struct Mount {
     pub backing: PathBuf,
     pub mountpoint: PathBuf,
+    /// The number of its connection to the kernel.
+    pub connection: u32,
     pub readers: usize,
 }
 
 /// A client wants the mount to end.
 pub struct Unmount {
     pub how: How,
-    pub done: tokio::sync::oneshot::Sender<Result<(), Unmounted>>,
+    /// Told who still holds it, if it was detached.
+    pub done: tokio::sync::oneshot::Sender<Result<Vec<Holder>, Unmounted>>,
 }
 
 /// Why it did not.
 #[derive(Debug)]
 pub enum Unmounted {
     Busy(Vec<Holder>),
+    /// By somebody else's mount, which is not ours to take away.
+    Covered(String),
     Failed(String),
 }
 
@@ -89,6 +97,7 @@ pub struct Service {
     seed: Option<u64>,
     started: Instant,
     published: Notify,
+    lines: events::Lines,
     unmount: Sender<Unmount>,
 }
 
@@ -99,6 +108,7 @@ pub struct Control {
     /// One space request at a time: counting a tree takes a while.
     space: tokio::sync::Mutex<space::Requested>,
     redirection: redirect::Redirection,
+    marks: marks::Marks,
 }
 
 impl Deref for Control {
@@ -173,16 +183,17 @@ pub fn start(
         seed: core.as_ref().map(|core| core.arming.seed()),
         started: Instant::now(),
         published: Notify::new(),
+        lines: Default::default(),
         unmount,
     });
     let waker = service.clone();
     service.ring.set_waker(move || waker.published.notify_waiters());
     let (router, control) = match core {
-        None => (of_machine().with_state(AnyDaemon(service)), None),
+        None => (strict(of_machine()).with_state(AnyDaemon(service)), None),
         Some(core) => {
-            let control = Control { core, service, space: Default::default(), redirection: Default::default() };
-            let control = Arc::new(control);
-            (of_mount().with_state(control.clone()), Some(control))
+            let (space, redirection, marks) = Default::default();
+            let control = Arc::new(Control { core, service, space, redirection, marks });
+            (strict(of_mount()).with_state(control.clone()), Some(control))
         }
     };
     let stop = Arc::new(Notify::new());
@@ -241,7 +252,6 @@ where
         .route("/v1/coredump/steps", get(coredump::list_steps))
         .route("/v1/coredump/steps/{id}", post(coredump::acknowledge))
         .fallback(unknown_route)
-        .method_not_allowed_fallback(unknown_method)
 }
 
 /// What one answers that serves the machine alone.
@@ -266,6 +276,30 @@ fn of_mount() -> Router<Arc<Control>> {
         .route("/v1/mode", get(mode::show).put(mode::set))
         .route("/v1/space", get(space::show).put(space::set).delete(space::clear))
         .route("/v1/requests", get(requests::list))
+}
+
+/// Refuses, on every route, methods that it does not have, and parameters in the address where nobody would read them, and so do more than was asked for.
+fn strict<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
+    router.method_not_allowed_fallback(unknown_method).route_layer(from_fn(without_stray_parameters))
+}
+
+async fn without_stray_parameters(request: Request, next: Next) -> Result<Response, Problem> {
+    if !reads_parameters(request.method(), request.uri().path()) {
+        body::query(request.uri().query(), &[])?;
+    }
+    Ok(next.run(request).await)
+}
+
+/// Whose handlers look at parameters themselves, and know which there are.
+fn reads_parameters(method: &Method, path: &str) -> bool {
+    let below = |route: &str| path.starts_with(route);
+    match method.as_str() {
+        "GET" => matches!(path, "/v1/events" | "/v1/repair") || (below("/v1/rules/") && path.ends_with("/wait")),
+        "POST" => path == "/v1/reset",
+        "PUT" => below("/v1/coredump/leases/"),
+        "DELETE" => below("/v1/coredump/leases") || below("/v1/devices/"),
+        _ => false,
+    }
 }
 
 async fn unknown_route(uri: Uri) -> Problem {
@@ -298,6 +332,16 @@ impl Service {
 }
 
 impl Control {
+    /// The same, marked: who waits from there is told of every firing, whatever the ring has lost.
+    fn cursor(&self) -> String {
+        let arming = &self.core.arming;
+        let rules = || {
+            let reserved = arming.mode().1.into_iter().chain([arming.space.clone()]);
+            arming.rules().into_iter().chain(reserved).collect()
+        };
+        self.id(Cursor(self.marks.add(rules, || self.ring().cursor().0 - 1)))
+    }
+
     /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
     /// forgets what could hide the new ones.
     async fn in_force(self: &Arc<Self>, changed: Changed) -> InForce {

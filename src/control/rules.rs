@@ -54,6 +54,11 @@ impl Control {
         self.core.arming.rule(name).ok_or_else(|| Problem::no_rule(name))
     }
 
+    /// One that is waited for: what has fired has fired, though the mode has ended since.
+    fn awaited(&self, name: &str) -> Result<Arc<Rule>, Problem> {
+        self.core.arming.rule_or_ended(name).ok_or_else(|| Problem::no_rule(name))
+    }
+
     async fn put_rule(self: &Arc<Self>, spec: RuleSpec) -> Answer {
         let fills = Fills::mount_if(spec.redirect_coredumps && spec.enabled);
         let put = async {
@@ -75,7 +80,7 @@ pub async fn list(State(control): Shared) -> Answer {
 }
 
 pub async fn replace(State(control): Shared, body: Body) -> Answer {
-    let specs = rules_of(body::read(body).await?)?;
+    let specs = rules_of(body::read_any(body).await?)?;
     let cursor = control.cursor();
     let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
     let fills = Fills::mount_if(specs.iter().any(|spec| spec.redirect_coredumps && spec.enabled));
@@ -105,7 +110,7 @@ pub async fn show(State(control): Shared, Path(name): Path<String>) -> Answer {
 }
 
 pub async fn put(State(control): Shared, Path(name): Path<String>, body: Body) -> Answer {
-    let mut spec: RuleSpec = rule_of(body::read(body).await?)?;
+    let mut spec: RuleSpec = rule_of(body::read_any(body).await?)?;
     if !spec.name.is_empty() && spec.name != name {
         let detail = format!("name: {:?} is not the {name:?} of the address", spec.name);
         return Err(crate::fault::Problem::new("#/name", detail).into());
@@ -116,7 +121,7 @@ pub async fn put(State(control): Shared, Path(name): Path<String>, body: Body) -
 
 /// RFC 7396: what is null goes, what is an object is merged, all else replaces.
 pub async fn patch(State(control): Shared, Path(name): Path<String>, body: Body) -> Answer {
-    let patch: Value = body::read(body).await?;
+    let patch = body::read_any(body).await?;
     let rule = control.rule(&name)?;
     let mut value = serde_json::to_value(&rule.spec).unwrap_or_default();
     merge(&mut value, patch);
@@ -151,12 +156,14 @@ pub async fn remove(State(control): Shared, Path(name): Path<String>) -> Answer 
             return Err(Problem::new(409, "conflict", detail).hint(hint));
         }
     }
+    let cursor = control.cursor();
     let changed = control.core.arming.remove(|rule| *rule.name == *name);
-    if !changed.released.is_empty() {
-        control.in_force(changed).await;
-        control.ring().change("rule", json!({"rule": name, "action": "removed"}));
+    if changed.released.is_empty() {
+        return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    Ok(StatusCode::NO_CONTENT.into_response())
+    control.in_force(changed).await;
+    control.ring().change("rule", json!({"rule": name, "action": "removed"}));
+    Ok(document(200, &json!({"removed": [name], "cursor": cursor})))
 }
 
 #[derive(Deserialize)]
@@ -183,17 +190,29 @@ struct Wanted {
     since: Option<Cursor>,
 }
 
+/// What was read of the stream for a client that waits from a place.
+#[derive(Default)]
+struct Seen {
+    firings: u64,
+    /// Has the ring lost something of it?
+    lost: bool,
+}
+
 pub async fn wait(State(control): Shared, Path(name): Path<String>, RawQuery(query): RawQuery) -> Answer {
     let query = body::query(query.as_deref(), &["injections", "since", "for"])?;
     let since = query.get("since").and_then(Value::as_str).map(|id| control.after(id)).transpose()?;
-    let wanted = Wanted { injections: body::number(&query, "injections")?.unwrap_or(1).max(1), since };
+    let injections = body::number(&query, "injections")?.unwrap_or(1);
+    if injections == 0 {
+        return Err(Problem::bad_request("injections: 0 of them need no waiting").hint("at least 1"));
+    }
+    let wanted = Wanted { injections, since };
     let limit = match query.get("for").and_then(Value::as_str) {
         None => Duration::from_secs(30),
         Some(text) => nanoseconds(text)
             .map(Duration::from_nanos)
             .ok_or_else(|| Problem::bad_request(format!("for: {text:?} is not a duration")).hint("write \"30s\""))?,
     };
-    control.rule(&name)?;
+    control.awaited(&name)?;
     match tokio::time::timeout(limit, control.fired(&name, &wanted)).await {
         Ok(Ok(record)) => {
             let event = record.map(|record| control.record_json(&record));
@@ -201,7 +220,7 @@ pub async fn wait(State(control): Shared, Path(name): Path<String>, RawQuery(que
         }
         Ok(Err(gone)) => Err(gone),
         Err(_) => {
-            let rule = control.rule(&name)?;
+            let rule = control.awaited(&name)?;
             let (matches, state) = (rule.counters.matches.load(Relaxed), rule.state(control.ring().now_ns()));
             Ok(document(200, &json!({"fired": false, "matches": matches, "state": state.word()})))
         }
@@ -213,49 +232,67 @@ impl Control {
     /// firings, unless the ring has lost it.
     async fn fired(&self, name: &str, wanted: &Wanted) -> Result<Option<Record>, Problem> {
         let mut at = wanted.since.unwrap_or_else(|| self.ring().oldest());
-        let mut seen = 0;
+        let mut seen = Seen::default();
         loop {
             let published = self.published.notified();
             tokio::pin!(published);
             published.as_mut().enable();
             self.ring().listen();
-            let rule = self.rule(name)?;
-            if wanted.since.is_none() {
+            let rule = self.awaited(name)?;
+            let Some(since) = wanted.since else {
                 if rule.counters.told.load(Relaxed) >= wanted.injections {
-                    return Ok(self.last_firing(&rule));
+                    return Ok(self.last_firing(&rule, 0));
                 }
-            } else if let Some(record) = self.count_firings(name, wanted.injections, &mut at, &mut seen) {
-                return Ok(Some(record));
+                published.await;
+                continue;
+            };
+            let found = self.count_firings(name, wanted.injections, &mut at, &mut seen);
+            if seen.lost
+                && let Some(more) = self.fired_since(&rule, since).checked_sub(wanted.injections)
+            {
+                return Ok(self.last_firing(&rule, more));
+            }
+            if found.is_some() {
+                return Ok(found);
             }
             published.await;
         }
     }
 
     /// Reads on from a place; the record that makes it so many firings.
-    fn count_firings(&self, name: &str, wanted: u64, at: &mut Cursor, seen: &mut u64) -> Option<Record> {
+    fn count_firings(&self, name: &str, wanted: u64, at: &mut Cursor, seen: &mut Seen) -> Option<Record> {
         loop {
             match self.ring().read(*at) {
                 Read::Event(record) => {
                     *at = Cursor(at.0 + 1);
-                    *seen += u64::from(is_firing_of(&record, name));
-                    if *seen >= wanted {
+                    seen.firings += u64::from(is_firing_of(&record, name));
+                    if seen.firings >= wanted {
                         return Some(*record);
                     }
                 }
-                Read::Gap { next, .. } => *at = next,
+                Read::Gap { next, .. } => (*at, seen.lost) = (next, true),
                 Read::Empty => return None,
             }
         }
     }
 
-    /// The newest firing of a rule that the ring still has.
-    fn last_firing(&self, rule: &Rule) -> Option<Record> {
+    /// How often a rule has fired for certain since a place, of which the ring has lost what came then.
+    fn fired_since(&self, rule: &Rule, since: Cursor) -> u64 {
+        let (counters, newest) = (&rule.counters, since.0.saturating_sub(1));
+        let once = u64::from(counters.newest.load(Relaxed) > newest);
+        let known = self.marks.fired_by(rule, newest).map(|then| counters.told.load(Relaxed).saturating_sub(then));
+        known.unwrap_or(0).max(once)
+    }
+
+    /// The newest firing of a rule but so many, if the ring still has it.
+    fn last_firing(&self, rule: &Rule, but: u64) -> Option<Record> {
         let (oldest, end) = (self.ring().oldest().0, self.ring().cursor().0);
         let created = rule.created.duration_since(std::time::UNIX_EPOCH).map_or(0, |age| age.as_nanos() as u64);
-        (oldest..end).rev().find_map(|seq| match self.ring().read(Cursor(seq)) {
+        let mut firings = (oldest..end).rev().filter_map(|seq| match self.ring().read(Cursor(seq)) {
             Read::Event(record) if record.time_ns >= created && is_firing_of(&record, &rule.name) => Some(*record),
             _ => None,
-        })
+        });
+        firings.nth(but as usize)
     }
 
     /// The place after an event's id.

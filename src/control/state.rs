@@ -10,9 +10,10 @@ use serde_json::{Value, json};
 use super::problem::Problem;
 use super::{Answer, OfAny, Service, Shared, Unmount, Unmounted, body, document, helper};
 use crate::fs::arming::Life;
-use crate::fs::mount::How;
+use crate::fs::mount::{Holder, How, lives_on, place_of};
 use crate::fs::{Ended, Mode};
 use crate::host::{coredump, device};
+use crate::sys::mounts;
 
 pub async fn version(State(service): OfAny) -> Answer {
     let identity = &service.identity;
@@ -47,6 +48,7 @@ fn healthy(service: &Service) -> Value {
         "backing": mount.map(|mount| &mount.backing), "socket": identity.socket, "log": identity.log,
         "pid": std::process::id(), "seed": service.seed, "uptime_ms": service.started.elapsed().as_millis() as u64,
         "readers": mount.map(|mount| mount.readers),
+        "mounted": mount.map(|mount| !matches!(place_of(&mount.mountpoint, mount.connection), Ok(None))),
     })
 }
 
@@ -149,17 +151,34 @@ pub async fn unmount(State(service): OfAny, body: Body) -> Answer {
     let gone = |_| Problem::new(500, "internal", "the daemon is ending already");
     service.unmount.send(Unmount { how, done }).map_err(|error| gone(error.to_string()))?;
     match ended.await.map_err(|error| gone(error.to_string()))? {
-        Ok(()) => Ok(document(200, &json!({"unmounted": true}))),
+        Ok(holders) if holders.is_empty() => Ok(document(200, &json!({"unmounted": true}))),
+        Ok(holders) => {
+            let detail = format!("{} is detached; {}", place(&service), lives_on(&holders));
+            Ok(document(200, &json!({"unmounted": true, "detail": detail, "holders": list(&holders)})))
+        }
         Err(Unmounted::Failed(reason)) => Err(Problem::new(500, "internal", format!("umount: {reason}"))),
+        Err(Unmounted::Covered(reason)) => Err(Problem::new(409, "busy", reason).hint("unmount that first")),
         Err(Unmounted::Busy(holders)) => Err(busy(&service, &holders)),
     }
 }
 
-fn busy(service: &Service, holders: &[crate::fs::mount::Holder]) -> Problem {
-    let list: Vec<Value> =
-        holders.iter().map(|h| json!({"pid": h.pid, "comm": h.comm, "what": h.what.to_string_lossy()})).collect();
-    let pids: Vec<String> = holders.iter().map(|holder| format!("{} ({})", holder.pid, holder.comm)).collect();
-    let place = service.identity.mount.as_ref().map(|mount| mount.mountpoint.display().to_string());
-    let detail = format!("{} is busy: held by {}", place.unwrap_or_default(), pids.join(", "));
-    Problem::new(409, "busy", detail).hint("stop them, or use --lazy or --force").with("holders", list.into())
+fn place(service: &Service) -> String {
+    service.identity.mount.as_ref().map(|mount| mount.mountpoint.display().to_string()).unwrap_or_default()
+}
+
+fn list(holders: &[Holder]) -> Value {
+    holders.iter().map(|h| json!({"pid": h.pid, "comm": h.comm, "what": h.what.to_string_lossy()})).collect()
+}
+
+fn busy(service: &Service, holders: &[Holder]) -> Problem {
+    let pids = holders.iter().map(|holder| format!("{} ({})", holder.pid, holder.comm));
+    let mountpoint = service.identity.mount.as_ref().map(|mount| mount.mountpoint.as_path());
+    let mounts = mounts::all().unwrap_or_default();
+    let inside = mounts
+        .iter()
+        .filter(|mount| mountpoint.is_some_and(|ours| mount.mountpoint != ours && mount.mountpoint.starts_with(ours)));
+    let inside = inside.map(|mount| format!("the mount at {}", mount.mountpoint.display()));
+    let who: Vec<String> = pids.chain(inside).collect();
+    let detail = format!("{} is busy: held by {}", place(service), who.join(", "));
+    Problem::new(409, "busy", detail).hint("stop them, or use --lazy or --force").with("holders", list(holders))
 }

@@ -65,7 +65,7 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
             recv(signalled) -> _ => break,
             recv(wanted) -> wanted => {
                 if let Ok(wanted) = wanted {
-                    let _ = wanted.done.send(Ok(()));
+                    let _ = wanted.done.send(Ok(Vec::new()));
                 }
                 break;
             }

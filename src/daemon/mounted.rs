@@ -16,7 +16,7 @@ use crate::client::exit;
 use crate::control::{self, Identity};
 use crate::fs::Core;
 use crate::fs::adapter::Adapter;
-use crate::fs::mount::{How, Places, unmount};
+use crate::fs::mount::Places;
 use crate::sys::mounts::{self, SOURCE};
 
 /// A mount, and the session that serves it, not running yet.
@@ -59,7 +59,7 @@ impl Mounted {
         })?;
         let config = config(readers);
         Session::from_fd(Adapter(core.clone()), connection, SessionACL::All, config).map_err(|error| {
-            let _ = unmount(&places.mountpoint, 0, How::Lazy);
+            let _ = mounts::unmount(&places.mountpoint, true);
             if error.kind() == io::ErrorKind::Unsupported && !options.passthrough.is_empty() {
                 let error = "--passthrough needs Linux 6.9 or later, built with CONFIG_FUSE_PASSTHROUGH";
                 return Failure { exit: exit::NOT_SUPPORTED, ..with_hint(error, WITHOUT_PASSTHROUGH) };
@@ -101,6 +101,7 @@ impl Mounted {
             mount: Some(control::Mount {
                 backing: places.backing.clone(),
                 mountpoint: places.mountpoint.clone(),
+                connection: self.minor,
                 readers: self.readers,
             }),
         }
@@ -125,7 +126,7 @@ impl Detach {
 impl Drop for Detach {
     fn drop(&mut self) {
         if let Some(mountpoint) = self.0.take() {
-            let _ = unmount(&mountpoint, 0, How::Lazy);
+            let _ = mounts::unmount(&mountpoint, true);
         }
     }
 }

@@ -18,7 +18,7 @@ use serde_json::json;
 use super::mounted::Mounted;
 use super::{Failure, failure, wait_for_signals};
 use crate::control::{self, Identity, Unmount, Unmounted};
-use crate::fs::mount::{How, holders, unmount, unmount_patiently};
+use crate::fs::mount::{Holder, How, holders, holders_of, place_of, unmount, unmount_patiently};
 use crate::fs::{Core, Ended, clock, watch};
 use crate::host::{Guard, coredump};
 use crate::sys::mounts;
@@ -145,15 +145,19 @@ impl Serving {
         self.core.resume(held, Ended::Removed);
     }
 
-    fn unmount(&self, how: How) -> Result<(), Unmounted> {
-        self.let_go();
+    /// Gives who still holds what was detached, now or earlier.
+    fn unmount(&self, how: How) -> Result<Vec<Holder>, Unmounted> {
         let mountpoint = &self.mountpoint;
+        let place = place_of(mountpoint, self.minor).map_err(|error| Unmounted::Covered(error.to_string()))?;
+        self.let_go();
+        let detaches = how == How::Lazy || place.is_none();
         let result = match how {
             How::Normal => unmount_patiently(mountpoint, self.minor, PATIENCE),
             How::Lazy | How::Force => unmount(mountpoint, self.minor, how),
         };
         match result {
-            Ok(()) => Ok(()),
+            Ok(()) if detaches && how != How::Force => Ok(holders_of(self.minor)),
+            Ok(()) => Ok(Vec::new()),
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                 self.core.parking.open();
                 Err(Unmounted::Busy(holders(mountpoint, true)))

@@ -428,6 +428,12 @@ impl Rule {
         self.counters.told.fetch_add(1, Relaxed) == 0
     }
 
+    /// A firing that was told is on the stream, as its event of that number.
+    pub fn note_published(&self, seq: u64) {
+        self.counters.newest.fetch_max(seq, Relaxed);
+        self.counters.published.fetch_add(1, std::sync::atomic::Ordering::Release);
+    }
+
     /// Could some term act on the request?
     fn acts_on(&self, facts: &impl Facts) -> bool {
         (0..self.terms.len()).any(|i| self.terms[i].fault.is_some() && self.term_acts_on(i, facts))

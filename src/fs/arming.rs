@@ -34,6 +34,8 @@ struct Set {
     rules: Vec<Arc<Rule>>,
     mode: Mode,
     mode_rule: Option<Arc<Rule>>,
+    /// The rule of a mode whose life has ended, until another is set: it can still be asked whether it has fired.
+    ended_mode: Option<Arc<Rule>>,
     plans: u64,
 }
 
@@ -155,6 +157,11 @@ impl Arming {
         set.rules.iter().chain(&set.mode_rule).chain([&self.space]).find(|rule| &*rule.name == name).cloned()
     }
 
+    /// A rule of this name, or the mode that has ended.
+    pub fn rule_or_ended(&self, name: &str) -> Option<Arc<Rule>> {
+        self.rule(name).or_else(|| self.set.lock().ended_mode.clone().filter(|rule| &*rule.name == name))
+    }
+
     pub fn mode(&self) -> (Mode, Option<Arc<Rule>>) {
         let set = self.set.lock();
         (set.mode, set.mode_rule.clone())
@@ -267,6 +274,7 @@ impl Arming {
         let current = set.mode_rule.as_ref().is_some_and(|rule| Arc::ptr_eq(rule, ended));
         if current {
             self.change_mode(&mut set, Mode::AllowWrites, &Life::default(), now_ns);
+            set.ended_mode = Some(ended.clone());
         }
         current
     }
@@ -275,7 +283,7 @@ impl Arming {
         let rule = mode.rule().map(|(ops, fault)| Arc::new(reserved_rule("mode", ops, fault, life, now_ns)));
         let old = std::mem::replace(&mut set.mode_rule, rule.clone());
         let changed = Changed { armed: rule.into_iter().collect(), released: old.into_iter().collect() };
-        set.mode = mode;
+        (set.mode, set.ended_mode) = (mode, None);
         self.swap(set, &changed);
         changed
     }

@@ -11,6 +11,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::sys::mounts::{self, Mount};
+use crate::sys::stat;
 
 /// A process that has something open below a place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +30,27 @@ const LOOKERS: usize = 8;
 /// The processes that hold something at or below a place: files always, and with `directories` also those whose
 /// working directory, root, program or mapping lies there. As many as are found in time.
 pub fn holders(place: &Path, directories: bool) -> Vec<Holder> {
+    let place = place.to_path_buf();
+    look(directories, move |_, target| target.starts_with(&place))
+}
+
+/// The processes that hold something of a connection, also of one that has no place in the tree of names any more.
+pub fn holders_of(connection: u32) -> Vec<Holder> {
+    look(true, move |link, _| stat::device(link).is_ok_and(|device| device == (0, connection)))
+}
+
+/// Why a mount that was detached is still there.
+pub fn lives_on(holders: &[Holder]) -> String {
+    let pids: Vec<String> = holders.iter().map(|holder| format!("pid {} ({})", holder.pid, holder.comm)).collect();
+    match pids.as_slice() {
+        [] => "it lives on until what is open there is closed".into(),
+        [pid] => format!("it lives on until {pid} closes what it has open there"),
+        pids => format!("it lives on until {} close what they have open there", pids.join(", ")),
+    }
+}
+
+/// Looks at what all processes have open: at the links of procfs, and what they lead to.
+fn look(directories: bool, holds: impl Fn(&Path, &Path) -> bool + Clone + Send + 'static) -> Vec<Holder> {
     let own = std::process::id();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -40,9 +62,9 @@ pub fn holders(place: &Path, directories: bool) -> Vec<Holder> {
     drop(ask);
     let (tell, told) = mpsc::channel();
     for _ in 0..LOOKERS {
-        let (place, asked, tell) = (place.to_path_buf(), asked.clone(), tell.clone());
+        let (holds, asked, tell) = (holds.clone(), asked.clone(), tell.clone());
         std::thread::spawn(move || {
-            let mut found = asked.iter().filter_map(|pid| holder(pid, &place, directories));
+            let mut found = asked.iter().filter_map(|pid| holder(pid, directories, &holds));
             // An error says that nobody waits any more.
             let _ = found.try_for_each(|holder| tell.send(holder));
         });
@@ -52,7 +74,7 @@ pub fn holders(place: &Path, directories: bool) -> Vec<Holder> {
     std::iter::from_fn(|| told.recv_timeout(until.saturating_duration_since(Instant::now())).ok()).collect()
 }
 
-fn holder(pid: u32, place: &Path, directories: bool) -> Option<Holder> {
+fn holder(pid: u32, directories: bool, holds: &impl Fn(&Path, &Path) -> bool) -> Option<Holder> {
     let process = PathBuf::from(format!("/proc/{pid}"));
     let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten().map(|entry| entry.path());
     let maps = fs::read_dir(process.join("map_files")).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -60,8 +82,7 @@ fn holder(pid: u32, place: &Path, directories: bool) -> Option<Holder> {
     let what = files
         // Not even looked at otherwise: the mappings of a process that is stuck in a page fault cannot be read.
         .chain(directories.then_some(places).into_iter().flatten())
-        .filter_map(|link| fs::read_link(link).ok())
-        .find(|target| target.starts_with(place))?;
+        .find_map(|link| fs::read_link(&link).ok().filter(|target| holds(&link, target)))?;
     let comm = fs::read_to_string(process.join("comm")).unwrap_or_default().trim().to_string();
     Some(Holder { pid, comm, what })
 }
@@ -91,6 +112,8 @@ pub struct Living {
     pub instance: String,
     pub backing: PathBuf,
     pub mountpoint: PathBuf,
+    /// The connection of one that has no place any more, and lives on.
+    pub detached: Option<u32>,
 }
 
 /// Finds out where the mount is to be, cleans a stale mountpoint, and refuses what cannot go well.
@@ -104,8 +127,8 @@ pub fn prepare(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<P
             return Err(refuse(reason, "files below may have any names; these two directories may not"));
         }
     }
-    let mountpoint = &resolve_parent(mountpoint)?;
-    let backing_given = &resolve_parent(backing)?;
+    let mountpoint = &resolve(mountpoint)?;
+    let backing_given = &resolve(backing)?;
     refuse_second(backing_given, mountpoint, living)?;
     clean_stale(mountpoint)?;
     let places =
@@ -153,9 +176,15 @@ pub fn prepare(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<P
 
 /// Two instances at one place, or over one directory, would undo each other's work.
 fn refuse_second(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result<(), Refused> {
-    for Living { instance, backing: theirs, mountpoint: at } in living {
+    for Living { instance, backing: theirs, mountpoint: at, detached } in living {
         let (at_text, here) = (at.display(), mountpoint.display());
-        if mountpoint.starts_with(at) {
+        if let Some(connection) = detached.filter(|_| backing == theirs) {
+            let why = lives_on(&holders_of(connection));
+            let reason =
+                format!("{} is served by instance {instance}, detached from {at_text}: {why}", backing.display());
+            return Err(refuse(reason, format!("nemesisfs umount --instance {instance} --force cuts it off")));
+        }
+        if detached.is_none() && mountpoint.starts_with(at) {
             let reason = format!("{here} is mounted by us: instance {instance} serves {at_text}");
             return Err(refuse(reason, format!("nemesisfs umount {at_text}")));
         }
@@ -167,14 +196,9 @@ fn refuse_second(backing: &Path, mountpoint: &Path, living: &[Living]) -> Result
     Ok(())
 }
 
-/// The path with everything but its last part resolved: the last may be a dead mount, which cannot be looked at.
-fn resolve_parent(path: &Path) -> Result<PathBuf, Refused> {
-    let failed = |error: io::Error| refuse(format!("{}: {error}", path.display()), "both directories must exist");
-    let absolute = std::path::absolute(path).map_err(failed)?;
-    match (absolute.parent(), absolute.file_name()) {
-        (Some(parent), Some(name)) => Ok(parent.canonicalize().map_err(failed)?.join(name)),
-        _ => Ok(absolute),
-    }
+/// The place that a path names. What is mounted there may be dead, and cannot be looked at.
+fn resolve(path: &Path) -> Result<PathBuf, Refused> {
+    mounts::place(path).map_err(|error| refuse(format!("{}: {error}", path.display()), "both directories must exist"))
 }
 
 fn directory(path: &Path, what: &str) -> Result<PathBuf, Refused> {
@@ -226,10 +250,33 @@ pub enum How {
 /// # Errors
 /// `EBUSY` when somebody uses it, and whatever else umount says.
 pub fn unmount(mountpoint: &Path, minor: u32, how: How) -> io::Result<()> {
+    let place = place_of(mountpoint, minor)?;
     if how == How::Force {
         mounts::abort(minor)?;
     }
-    Ok(mounts::unmount(mountpoint, how != How::Normal)?)
+    match place {
+        Some(place) => Ok(mounts::unmount(&place, how != How::Normal)?),
+        // What is mounted there by now is somebody else's.
+        None => Ok(()),
+    }
+}
+
+/// Where a connection is mounted: on its mountpoint, or where that has been moved to; nowhere, when it was detached.
+///
+/// # Errors
+/// When another mount lies over it, which would be unmounted in its stead.
+pub fn place_of(mountpoint: &Path, minor: u32) -> io::Result<Option<PathBuf>> {
+    let mounts = mounts::all()?;
+    let ours: Vec<&Path> = mounts.iter().filter(|mount| mount.is_of(minor)).map(|mount| &*mount.mountpoint).collect();
+    let place = ours.iter().find(|place| **place == mountpoint).or(ours.first());
+    let Some(place) = place else { return Ok(None) };
+    match mounts.iter().rev().find(|mount| mount.mountpoint == *place) {
+        Some(top) if !top.is_of(minor) => {
+            let (what, sort) = (&top.source, &top.filesystem);
+            Err(io::Error::other(format!("{what} ({sort}) is mounted over {}, and is not ours", place.display())))
+        }
+        _ => Ok(Some(place.to_path_buf())),
+    }
 }
 
 /// Tries for a while: after its requests have been answered, a program takes a moment to close its files.

@@ -416,7 +416,7 @@ impl Core {
         if !told.repeat {
             self.wake_others(firing.note_told());
         }
-        self.ring.inject(Injection {
+        let seq = self.ring.inject(Injection {
             rule: rule.name.clone(),
             kind: firing.fault().word(),
             errno: told.errno,
@@ -428,6 +428,9 @@ impl Core {
             labels: rule.labels.clone(),
             ..self.describe(caller, call)
         });
+        if !told.repeat {
+            rule.note_published(seq);
+        }
     }
 
     /// The first firing of a rule can wake others.
@@ -442,12 +445,13 @@ impl Core {
         let (plan, space) = (self.arming.plan(), &self.arming.space);
         let is_full = |rule: &&Arc<Rule>| rule.faults().any(|fault| *fault == Fault::Full);
         let by_mode = plan.rules.iter().rev().find(is_full).filter(|_| self.capacity.is_full_by_mode());
-        let counters = &by_mode.unwrap_or(space).counters;
-        counters.matches.fetch_add(1, Relaxed);
-        let nth = counters.injections.fetch_add(1, Relaxed) + 1;
-        self.wake_others(by_mode.unwrap_or(space).note_told());
-        let rule = by_mode.unwrap_or(space).name.clone();
-        self.ring.inject(Injection { rule, kind: "space", errno, done, nth, ..self.describe(caller, call) });
+        let refuses = by_mode.unwrap_or(space);
+        refuses.counters.matches.fetch_add(1, Relaxed);
+        let nth = refuses.counters.injections.fetch_add(1, Relaxed) + 1;
+        self.wake_others(refuses.note_told());
+        let rule = refuses.name.clone();
+        let injection = Injection { rule, kind: "space", errno, done, nth, ..self.describe(caller, call) };
+        refuses.note_published(self.ring.inject(injection));
     }
 
     /// The part of an injection that tells the request.

@@ -22,6 +22,9 @@ pub const FILESYSTEM_TYPE: &str = "fuse.nemesisfs";
 
 const FUSECTL: &str = "/sys/fs/fuse/connections";
 
+/// So many symbolic links in a row are one that leads to itself, as the kernel has it.
+const LINKS: usize = 40;
+
 /// What stands before the instance's name in the source of a mount of ours.
 pub const SOURCE: &str = "nemesisfs:";
 
@@ -50,6 +53,11 @@ impl Mount {
         }
         Some(self.source.strip_prefix(SOURCE).unwrap_or(&self.source))
     }
+
+    /// Whether it is a mount of this connection. That of a user may be of type `fuse` alone.
+    pub fn is_of(&self, connection: u32) -> bool {
+        (self.filesystem == "fuse" || self.filesystem.starts_with("fuse.")) && self.minor == connection
+    }
 }
 
 /// All mounts that this process can see. Names may be any bytes.
@@ -57,9 +65,39 @@ pub fn all() -> io::Result<Vec<Mount>> {
     Ok(parse(&fs::read("/proc/self/mountinfo")?))
 }
 
+/// All mounts that another process can see, which may be other ones.
+pub fn seen_by(pid: i32) -> io::Result<Vec<Mount>> {
+    Ok(parse(&fs::read(format!("/proc/{pid}/mountinfo"))?))
+}
+
 /// The uppermost mount at a place, by its resolved absolute path.
 pub fn at(path: &Path) -> io::Result<Option<Mount>> {
     Ok(all()?.into_iter().rev().find(|mount| mount.mountpoint == path))
+}
+
+/// The place that a path names, as the mount table has it, found without looking at a mount there: it may be a dead one,
+/// and every look would fail or hang. So the last part is followed, where it is a symbolic link, only if nothing is
+/// mounted on it.
+///
+/// # Errors
+/// When there is no way to where the place should be.
+pub fn place(path: &Path) -> io::Result<PathBuf> {
+    let mounts = all()?;
+    let mut path = std::path::absolute(path)?;
+    for _ in 0..LINKS {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { break };
+        let parent = parent.canonicalize()?;
+        let place = parent.join(name);
+        if mounts.iter().any(|mount| mount.mountpoint == place) {
+            return Ok(place);
+        }
+        match fs::read_link(&place) {
+            Ok(target) => path = std::path::absolute(parent.join(target))?,
+            Err(_) => return Ok(place),
+        }
+    }
+    // The root, what ends in `..`, or a link that leads to itself.
+    path.canonicalize()
 }
 
 fn parse(table: &[u8]) -> Vec<Mount> {

@@ -1,10 +1,11 @@
-//! Attributes of a name with its time of birth, in one call: `statx(2)`.
+//! Attributes of a name with its time of birth, in one call, and where a file lies without asking for it: `statx(2)`.
 
 use std::ffi::{CString, OsStr};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::stat::FileStat;
@@ -27,6 +28,21 @@ pub fn with_birth(dir: impl AsFd, name: &OsStr) -> io::Result<(FileStat, Option<
     let birth = (statx.stx_mask & libc::STATX_BTIME != 0).then_some(&statx.stx_btime);
     let birth = birth.and_then(|at| Some(Duration::new(u64::try_from(at.tv_sec).ok()?, at.tv_nsec)));
     Ok((as_stat(&statx), birth))
+}
+
+/// The device of what a path leads to, major and minor, as the kernel knows it: no filesystem is asked for anything, so
+/// this does not wait for one that hangs, if the way there does not.
+///
+/// # Errors
+/// What the kernel says.
+pub fn device(path: &Path) -> io::Result<(u32, u32)> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut statx = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: as above.
+    check(unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), libc::AT_STATX_DONT_SYNC, 0, statx.as_mut_ptr()) })?;
+    // SAFETY: as above.
+    let statx = unsafe { statx.assume_init() };
+    Ok((statx.stx_dev_major, statx.stx_dev_minor))
 }
 
 fn as_stat(from: &libc::statx) -> FileStat {

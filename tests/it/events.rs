@@ -240,3 +240,65 @@ fn waiting_tells_of_this_rule_and_not_of_another_that_had_its_name() {
     assert_eq!(mounted.http("GET", &format!("/v1/events?follow=false&since={far}"), None).status, 200);
     mounted.end();
 }
+
+#[test]
+fn waiting_from_a_place_that_the_ring_has_lost_misses_no_firing() {
+    let mounted = armed();
+    inject(&mounted, 5);
+    mounted.error_rule("once", "write", "/once", "EIO", Some(1));
+    let now = || mounted.http("GET", "/v1/rules/eio", None).body["cursor"].as_str().unwrap().to_string();
+    let wait = |rule: &str, query: &str| {
+        let answer = mounted.http("GET", &format!("/v1/rules/{rule}/wait?for=200ms&{query}"), None);
+        (answer.body["fired"].as_bool(), answer.body["event"]["nth"].as_u64())
+    };
+    let since = format!("since={}", now());
+    inject(&mounted, 1);
+    File::create(mounted.path("once")).unwrap().write_at(b"x", 0).unwrap_err();
+    let id = mounted.injections("once")[0]["id"].as_str().unwrap().to_string();
+    inject(&mounted, 16_999);
+    assert_eq!(wait("once", &since), (Some(true), None), "the ring has lost it");
+    assert_eq!(wait("eio", &format!("{since}&injections=100")), (Some(true), None));
+    assert_eq!(wait("eio", &format!("{since}&injections=17000")), (Some(true), Some(17_005)));
+    assert_eq!(wait("eio", &format!("{since}&injections=17001")), (Some(false), None));
+    // Of a place that was not told in a reply it is known whether a rule has fired since.
+    assert_eq!(wait("once", &format!("since={id}")), (Some(false), None), "that is the firing itself");
+    let number: u64 = id.rsplit_once('-').unwrap().1.parse().unwrap();
+    let before = id.replace(&format!("-{number}"), &format!("-{}", number - 1));
+    assert_eq!(wait("once", &format!("since={before}")), (Some(true), None));
+    assert_eq!(wait("once", &format!("since={}", now())), (Some(false), None));
+    mounted.end();
+}
+
+/// No bounds of time: what is compared is how much the readers get while one question is answered.
+#[test]
+fn many_readers_of_the_whole_ring_do_not_starve_who_asks_the_socket() {
+    const READERS: usize = 50;
+    const EVENTS: usize = 16_000;
+    let mounted = armed();
+    inject(&mounted, EVENTS);
+    let read = || {
+        let head = "Accept: application/x-ndjson\r\nConnection: close\r\n";
+        let mut stream = mounted.stream("?follow=false&kind=error", head);
+        let (mut piece, mut braces) = (vec![0; 1 << 20], 0);
+        loop {
+            match stream.get_mut().read(&mut piece).unwrap() {
+                0 => break,
+                read => braces += piece[..read].iter().filter(|byte| **byte == b'{').count(),
+            }
+        }
+        // Of each event, of its labels, and of the greeting.
+        assert_eq!(braces, 2 * EVENTS + 1);
+    };
+    let answers = std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(read)).collect();
+        let mut answers = 0;
+        while readers.iter().any(|reader| !reader.is_finished()) {
+            assert_eq!(mounted.http("GET", "/v1/health", None).status, 200);
+            answers += 1;
+        }
+        answers
+    });
+    let each = READERS * EVENTS / answers;
+    assert!(each < EVENTS, "{answers} answers: while one was waited for, the readers were given {each} events");
+    mounted.end();
+}

@@ -151,3 +151,86 @@ fn the_command_line_says_error_hint_and_its_exit_code() {
     assert_eq!(json["state"], "armed");
     mounted.end();
 }
+
+#[test]
+fn parameters_that_a_route_does_not_take_are_refused_and_nothing_is_done() {
+    let mounted = Mounted::new();
+    mounted.rule("st", json!({"match": {"ops": ["fsync"]}, "fault": {"kind": "stall"}}));
+    for (method, path, body) in [
+        ("POST", "/v1/rules/st/release?count=1", Some(json!({}))),
+        ("POST", "/v1/evict?path=/k1", Some(json!({}))),
+        ("PUT", "/v1/mode?for=200ms", Some(json!({"mode": "enospc"}))),
+        ("DELETE", "/v1/rules?name=st", None),
+        ("GET", "/v1/rules?x=1", None),
+        ("GET", "/v1/requests?limit=1", None),
+        ("GET", "/v1/version?x", None),
+        ("GET", "/v1/devices?x", None),
+    ] {
+        let answer = mounted.http(method, path, body.as_ref());
+        assert_eq!((answer.status, answer.body["code"].as_str()), (400, Some("bad_request")), "{path}: {answer:?}");
+        assert!(answer.body["hint"].is_string(), "{answer:?}");
+    }
+    assert_eq!(mounted.http("GET", "/v1/mode", None).body["mode"], "allow_writes");
+    assert_eq!(mounted.http("GET", "/v1/rules/st", None).status, 200);
+    mounted.end();
+}
+
+#[test]
+fn a_method_that_a_route_does_not_have_is_a_problem_document_everywhere() {
+    let mounted = Mounted::new();
+    for (method, path) in [
+        ("GET", "/v1/reset"),
+        ("POST", "/v1/rules"),
+        ("DELETE", "/v1/mode"),
+        ("PUT", "/v1/evict"),
+        ("POST", "/v1/health"),
+        ("GET", "/v1/unmount"),
+        ("POST", "/v1/devices/x/mode"),
+    ] {
+        let answer = mounted.http(method, path, None);
+        let code = answer.body["code"].as_str();
+        assert_eq!((answer.status, code), (405, Some("method_not_allowed")), "{method} {path}: {answer:?}");
+    }
+    mounted.end();
+}
+
+#[test]
+fn a_list_is_not_taken_for_an_object() {
+    let mounted = Mounted::new();
+    for (method, path, body) in [
+        ("POST", "/v1/unmount", json!([])),
+        ("POST", "/v1/evict", json!(["/x"])),
+        ("PUT", "/v1/mode", json!(["enospc", null, null, null, false])),
+        ("POST", "/v1/reset", json!([])),
+    ] {
+        let answer = mounted.http(method, path, Some(&body));
+        assert_eq!(answer.status, 422, "{path}: {answer:?}");
+        assert!(answer.body["detail"].as_str().unwrap().contains("object"), "{path}: {answer:?}");
+    }
+    let mut rule = good();
+    rule["name"] = "a".into();
+    assert_eq!(mounted.http("PUT", "/v1/rules", Some(&json!([rule]))).status, 200, "a list of rules is one");
+    mounted.end();
+}
+
+#[test]
+fn a_filter_that_no_event_can_pass_is_refused_with_the_nearest_word() {
+    let mounted = Mounted::new();
+    for (query, hint) in [("kind=eror", "error"), ("kind=injecton", "injection"), ("op=wrtie", "write")] {
+        let answer = mounted.http("GET", &format!("/v1/events?follow=false&{query}"), None);
+        assert_eq!((answer.status, answer.body["code"].as_str()), (400, Some("bad_request")), "{answer:?}");
+        assert_eq!(answer.body["hint"], format!("did you mean {hint:?}?"), "{answer:?}");
+    }
+    assert_eq!(mounted.try_cli(&["events", "--kind", "nosuch"]).code, 1);
+    mounted.end();
+}
+
+#[test]
+fn no_firing_at_all_cannot_be_waited_for() {
+    let mounted = Mounted::new();
+    mounted.rule("a", good());
+    let answer = mounted.http("GET", "/v1/rules/a/wait?injections=0&for=20s", None);
+    assert_eq!((answer.status, answer.body["code"].as_str()), (400, Some("bad_request")), "{answer:?}");
+    assert_eq!(mounted.try_cli(&["rule", "wait", "a", "--injections", "0"]).code, 2);
+    mounted.end();
+}

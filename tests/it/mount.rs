@@ -180,6 +180,35 @@ fn a_symlink_is_no_way_around_the_one_instance_a_directory() {
 }
 
 #[test]
+fn a_symlink_to_a_mountpoint_serves_as_well_as_the_mountpoint_alive_or_dead() {
+    let mounted = Mounted::new();
+    let (run, links, backing) = (mounted.run_dir(), mounted.aside("links"), mounted.backing.display().to_string());
+    std::os::unix::fs::symlink("../mnt", links.join("link")).unwrap();
+    std::os::unix::fs::symlink("link", links.join("twice")).unwrap();
+    mounted.kill();
+    for name in ["link", "twice", "link/", "twice/."] {
+        let link = links.join(name).display().to_string();
+        let said = program(&run, &["mount", &backing, &link, "--instance", "t"]);
+        assert_eq!(said.code, 0, "a dead mount is replaced through {name}: {said:?}");
+        let again = program(&run, &["mount", &backing, &link]);
+        assert!(again.code == 1 && again.err.contains("mounted by us"), "{again:?}");
+        let said = program(&run, &["umount", &link]);
+        assert!(said.code == 0 && !said.out.contains("not mounted"), "{name}: {said:?}");
+        assert!(!is_mounted(&mounted.mountpoint), "{name}");
+        assert!(program(&run, &["umount", &link]).out.contains("not mounted"), "{name}");
+        let mut next = Command::new(executable());
+        next.args(["mount", &backing, &link, "--instance", "t"]).env("NEMESISFS_RUNDIR", &run);
+        let said: Said = next.output().unwrap().into();
+        let pid = said.out.split_whitespace().find_map(|word| word.strip_prefix("pid=")).unwrap();
+        kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).unwrap();
+        eventually("its end", || !is_alive(pid.parse().unwrap()));
+    }
+    let link = links.join("twice").display().to_string();
+    let said = program(&run, &["umount", &link]);
+    assert!(said.code == 0 && !is_mounted(&mounted.mountpoint), "a dead mount is ended through a link: {said:?}");
+}
+
+#[test]
 fn times_are_what_they_would_be_without_us() {
     let mounted = Mounted::new();
     let script = "import os,sys\n\
@@ -233,6 +262,82 @@ fn a_lazy_umount_ends_the_daemon_after_the_last_close() {
     });
     assert_eq!(lazy.code, 0, "{lazy:?}");
     eventually("the daemon's end", || !is_alive(pid));
+}
+
+#[test]
+fn a_lazy_umount_returns_at_once_and_says_who_still_holds_it() {
+    let mounted = Mounted::new();
+    let mut open = File::create(mounted.path("f")).unwrap();
+    let (run, place, own) = (mounted.run_dir(), mounted.mountpoint.display().to_string(), std::process::id());
+    // The second time there is nothing left to be done.
+    for words in [&["umount", "--instance", "t", "--lazy"][..], &["umount", &place], &["umount", &place, "--lazy"]] {
+        let (run, owned) = (run.clone(), words.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let ended = within(Duration::from_secs(10), move || {
+            program(&run, &owned.iter().map(String::as_str).collect::<Vec<_>>())
+        });
+        let said = ended.unwrap_or_else(|| panic!("{words:?} returns"));
+        let names = said.out.contains("detached") && said.out.contains(&format!("pid {own} "));
+        assert!(said.code == 0 && names, "{words:?}: {said:?}");
+        assert!(!is_mounted(&mounted.mountpoint) && is_alive(mounted.pid), "{words:?}");
+    }
+    open.write_all(b"still served").unwrap();
+    assert_eq!(std::fs::read(mounted.backing.join("f")).unwrap(), b"still served");
+    for words in [&["list"][..], &["-H", mounted.socket.to_str().unwrap(), "list"]] {
+        let listed = program(&run, words).out;
+        assert!(listed.contains(" detached "), "{listed}");
+    }
+    drop(open);
+    eventually("the daemon's end", || !is_alive(mounted.pid));
+}
+
+#[test]
+fn where_one_is_detached_another_may_be_mounted_but_not_over_its_directory() {
+    for how in ["force", "signal", "close"] {
+        let mounted = Mounted::new();
+        let open = File::create(mounted.path("f")).unwrap();
+        assert_eq!(mounted.try_cli(&["umount", "--instance", "t", "--lazy"]).code, 0);
+        let (run, own) = (mounted.run_dir(), format!("pid {} ", std::process::id()));
+        let (place, other) = (mounted.mountpoint.display().to_string(), mounted.aside("other").display().to_string());
+        let backing = mounted.backing.display().to_string();
+        for words in [["mount", &backing, &place, "--instance", "new"], ["mount", &other, &place, "--instance", "t"]] {
+            let said = program(&run, &words);
+            let told = said.err.contains("detached") && said.err.contains(&own) && said.err.contains("hint: ");
+            assert!(said.code == 1 && told, "{words:?}: {said:?}");
+        }
+        assert_eq!(program(&run, &["mount", &other, &place, "--instance", "new"]).code, 0);
+        std::fs::write(mounted.path("g"), "of the new one").unwrap();
+        match how {
+            "force" => assert_eq!(program(&run, &["umount", "--instance", "t", "--force"]).code, 0),
+            "signal" => signal(&mounted, Signal::SIGTERM),
+            _ => assert_eq!(program(&run, &["umount", "--instance", "t"]).code, 0),
+        }
+        if how != "force" {
+            std::thread::sleep(Duration::from_millis(500));
+            drop(open);
+        }
+        eventually("the old daemon's end", || !is_alive(mounted.pid));
+        let listed = program(&run, &["list"]).out;
+        assert!(listed.contains(" alive ") && !listed.contains(" detached "), "{how}: {listed}");
+        assert_eq!(std::fs::read(mounted.path("g")).unwrap(), b"of the new one", "{how}");
+        assert_eq!(program(&run, &["umount", &place]).code, 0);
+        assert!(!is_mounted(&mounted.mountpoint));
+    }
+}
+
+#[test]
+fn umount_by_path_ends_the_one_that_is_mounted_there_and_not_a_detached_one() {
+    let mounted = Mounted::new();
+    let mut open = File::create(mounted.path("f")).unwrap();
+    assert_eq!(mounted.try_cli(&["umount", "--instance", "t", "--lazy"]).code, 0);
+    let (run, place) = (mounted.run_dir(), mounted.mountpoint.display().to_string());
+    let other = mounted.aside("other").display().to_string();
+    assert_eq!(program(&run, &["mount", &other, &place, "--instance", "z"]).code, 0);
+    let said = program(&run, &["umount", &place]);
+    assert!(said.code == 0 && !said.out.contains("detached"), "{said:?}");
+    assert!(!is_mounted(&mounted.mountpoint) && is_alive(mounted.pid));
+    open.write_all(b"still served").unwrap();
+    drop(open);
+    eventually("the daemon's end", || !is_alive(mounted.pid));
 }
 
 #[test]
@@ -337,6 +442,109 @@ fn a_dead_mount_is_replaced_although_the_kernel_still_has_its_attributes() {
     mounted.kill();
     mounted.mount_again();
     mounted.end();
+}
+
+#[test]
+fn a_dead_mount_is_one_line_of_the_list() {
+    let mounted = Mounted::new();
+    mounted.kill();
+    let listed: serde_json::Value = serde_json::from_str(&mounted.cli(&["list", "--json"])).unwrap();
+    let rows = listed["instances"].as_array().unwrap();
+    let here: Vec<_> = rows.iter().filter(|row| row["mountpoint"] == json!(mounted.mountpoint)).collect();
+    let [row] = here[..] else { panic!("{here:?}") };
+    assert_eq!((&row["state"], &row["pid"]), (&json!("dead"), &json!(mounted.pid)), "{row}");
+    assert!(row.get("seed").is_some_and(serde_json::Value::is_null), "all rows have the same members: {row}");
+    assert_eq!(program(&mounted.run_dir(), &["umount", mounted.mountpoint.to_str().unwrap()]).code, 0);
+}
+
+#[test]
+fn a_dead_instance_whose_mount_another_has_replaced_is_not_listed() {
+    let mounted = Mounted::new();
+    mounted.kill();
+    let (run, elsewhere) = (mounted.run_dir(), mounted.aside("another-run"));
+    let (backing, place) = (mounted.backing.display().to_string(), mounted.mountpoint.display().to_string());
+    let state = std::fs::read(run.join("t.json")).unwrap();
+    for dir in [&elsewhere, &run] {
+        assert_eq!(program(dir, &["mount", &backing, &place, "--instance", "next"]).code, 0);
+        let listed = program(&run, &["list"]).out;
+        assert!(!listed.contains(" dead "), "{listed}");
+        assert_eq!(program(dir, &["umount", &place]).code, 0);
+    }
+    assert!(!run.join("t.json").exists(), "who has cleaned up behind it forgets it");
+    // With nobody in its place, it is told that it died there.
+    std::fs::write(run.join("t.json"), state).unwrap();
+    let listed = program(&run, &["list"]).out;
+    assert!(listed.contains(" dead "), "{listed}");
+    assert_eq!(program(&run, &["umount", &place]).code, 0);
+}
+
+#[test]
+fn a_mount_whose_state_is_lost_is_ended_and_not_said_to_be_dead() {
+    let mounted = Mounted::new();
+    std::fs::remove_file(mounted.run_dir().join("t.json")).unwrap();
+    let said = program(&mounted.run_dir(), &["umount", mounted.mountpoint.to_str().unwrap()]);
+    let truly = !said.out.contains("no living instance") && said.out.contains("instance t");
+    assert!(said.code == 0 && truly, "{said:?}");
+    assert!(!is_mounted(&mounted.mountpoint));
+    eventually("the daemon's end", || !is_alive(mounted.pid));
+}
+
+#[test]
+fn a_daemon_whose_socket_is_gone_is_ended_as_by_the_systems_umount() {
+    let mounted = Mounted::new();
+    let open = File::create(mounted.path("f")).unwrap();
+    std::fs::remove_file(&mounted.socket).unwrap();
+    let said = mounted.try_cli(&["umount", "--instance", "t"]);
+    let named = said.err.contains("busy") && said.err.contains(&std::process::id().to_string());
+    assert!(said.code == 1 && named, "{said:?}");
+    drop(open);
+    let said = mounted.try_cli(&["umount", "--instance", "t"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(!is_mounted(&mounted.mountpoint) && !is_alive(mounted.pid));
+}
+
+#[test]
+fn what_somebody_else_has_mounted_over_ours_is_not_taken_away() {
+    let mounted = Mounted::new();
+    let none: Option<&str> = None;
+    let over =
+        || nix::mount::mount(Some("above"), &mounted.mountpoint, Some("tmpfs"), nix::mount::MsFlags::empty(), none);
+    over().unwrap();
+    std::fs::write(mounted.path("precious"), "precious").unwrap();
+    for how in [&[][..], &["--lazy"], &["--force"]] {
+        let said = mounted.try_cli(&[&["umount", "--instance", "t"], how].concat());
+        let told = said.err.contains("above (tmpfs) is mounted over") && said.err.contains("hint: ");
+        assert!(said.code == 1 && told, "{how:?}: {said:?}");
+        assert_eq!(std::fs::read(mounted.path("precious")).unwrap(), b"precious", "{how:?}");
+        assert!(is_alive(mounted.pid), "{how:?}");
+    }
+    nix::mount::umount(&mounted.mountpoint).unwrap();
+    mounted.end();
+}
+
+#[test]
+fn a_mount_inside_ours_is_named_as_what_keeps_it_busy() {
+    let mounted = Mounted::new();
+    let inside = mounted.path("inside");
+    std::fs::create_dir(&inside).unwrap();
+    let none: Option<&str> = None;
+    nix::mount::mount(Some("tmpfs"), &inside, Some("tmpfs"), nix::mount::MsFlags::empty(), none).unwrap();
+    let said = mounted.try_cli(&["umount", "--instance", "t"]);
+    assert!(said.code == 1 && said.err.contains(inside.to_str().unwrap()), "{said:?}");
+    nix::mount::umount(&inside).unwrap();
+    mounted.end();
+}
+
+#[test]
+fn a_run_directory_that_cannot_be_written_is_named_with_what_chooses_another() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("file"), "").unwrap();
+    let (run, place) = (dir.path().join("file/run"), dir.path().display().to_string());
+    for words in [&["mount", &place, &place, "--instance", "n"][..], &["host"]] {
+        let said = program(&run, words);
+        let told = said.err.contains(run.to_str().unwrap()) && said.err.contains("NEMESISFS_RUNDIR");
+        assert!(said.code == 1 && told, "{words:?}: {said:?}");
+    }
 }
 
 #[test]

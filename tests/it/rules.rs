@@ -107,7 +107,9 @@ fn a_set_is_replaced_at_once_and_keeps_its_order() {
     mounted.rule("c", error_on_write(json!({})));
     mounted.rule("b", error_on_write(json!({"skip": 1})));
     assert_eq!(names(), ["b", "a", "c"], "a new name at the end, a known one in its place");
-    assert_eq!(mounted.http("DELETE", "/v1/rules/a", None).status, 204);
+    let removed = mounted.http("DELETE", "/v1/rules/a", None);
+    assert_eq!((removed.status, &removed.body["removed"]), (200, &json!(["a"])));
+    assert!(removed.body["cursor"].is_string(), "a reply to a change: {removed:?}");
     assert_eq!(mounted.http("DELETE", "/v1/rules/a", None).status, 204);
     let file = mounted.run_dir().join("rules.toml");
     std::fs::write(&file, "[[rules]]\nname = \"t\"\nmatch.ops = [\"read\"]\nfault = { kind = \"drop\" }\n").unwrap();
@@ -239,5 +241,19 @@ fn modes_do_what_they_say() {
         assert!(mounted.cli(&["mode"]).contains(mode));
         mounted.cli(&["mode", "allow_writes"]);
     }
+    mounted.end();
+}
+
+#[test]
+fn a_mode_that_has_ended_by_itself_can_still_be_waited_for() {
+    let mounted = Mounted::new();
+    mounted.cli(&["mode", "error_writes", "--for", "300ms"]);
+    std::fs::write(mounted.path("f"), "x").unwrap_err();
+    crate::support::eventually("its end", || mounted.http("GET", "/v1/mode", None).body["mode"] == "allow_writes");
+    let fired = mounted.http("GET", "/v1/rules/mode/wait?for=5s", None);
+    assert_eq!((fired.status, &fired.body["fired"]), (200, &json!(true)), "{fired:?}");
+    assert_eq!(mounted.http("GET", "/v1/rules/mode", None).status, 404, "but it is no rule any more");
+    mounted.reset();
+    assert_eq!(mounted.http("GET", "/v1/rules/mode/wait?for=1s", None).status, 404);
     mounted.end();
 }
