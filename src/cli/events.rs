@@ -36,7 +36,7 @@ pub struct EventsArgs {
     /// Of this operation only
     #[arg(long)]
     op: Option<String>,
-    /// Of these paths only
+    /// Of these paths only; of rename and link either
     #[arg(long, value_name = "GLOB")]
     path: Option<String>,
     /// Of this process only
@@ -141,7 +141,9 @@ fn injection(event: &Value) -> String {
     let text = |key| word(event.get(key)).unwrap_or_else(|| "-".to_owned());
     let outcome = word(event.get("errno")).or_else(|| delay(event)).unwrap_or_else(|| "-".to_owned());
     let repeat = if event.get("repeat") == Some(&Value::Bool(true)) { " repeat" } else { "" };
-    let (rule, kind, op, path, range) = (text("rule"), text("kind"), text("op"), text("path"), range(event));
+    let (rule, kind, op, range) = (text("rule"), text("kind"), text("op"), range(event));
+    let to = word(event.get("to")).map_or_else(String::new, |to| format!(" -> {to}"));
+    let path = text("path") + &to;
     let who = format!("{}/{}", text("pid"), text("comm"));
     format!("{rule:<16} {kind:<8} {op:<10} {path:<32} {range:<14} {outcome:<8} {who}{repeat}")
 }

@@ -59,7 +59,7 @@ impl Undo {
     /// To be called before a range is overwritten by a write that is to be lost.
     ///
     /// # Errors
-    /// When the old bytes cannot be read, or there is no room to keep them (`ENOMEM`): then the write must not happen.
+    /// When the old bytes cannot be read, or there is no room to keep them ([`is_full`]): then the write must not happen.
     pub fn before_drop(&mut self, range: Range<u64>, file: &mut impl File) -> io::Result<()> {
         let returns_to = match self.size {
             Some(size) => size,
@@ -99,11 +99,18 @@ impl Undo {
     /// To be called after a write that is to stay: it is no longer covered by anything dropped before, and the file
     /// will not return below its end.
     pub fn after_kept(&mut self, range: Range<u64>) {
+        let end = range.end;
+        self.after_hole(range);
+        self.after_drop(end);
+    }
+
+    /// To be called after zeros that are to stay and that let no file grow, as a hole does not.
+    pub fn after_hole(&mut self, range: Range<u64>) {
         self.originals.cut(&range);
-        let Some(size) = self.size else { return };
-        self.size = Some(size.max(range.end));
-        self.dropped.remove(range.clone());
-        self.cut(range);
+        if self.size.is_some() {
+            self.dropped.remove(range.clone());
+            self.cut(range);
+        }
     }
 
     /// To be called after a truncation that is to stay: nothing returns beyond the new size.
@@ -211,7 +218,7 @@ fn save(range: Range<u64>, file: &mut impl File) -> io::Result<Vec<u8>> {
     let length = (range.end - range.start) as usize;
     if HELD_BYTES.fetch_add(length as u64, Relaxed) + length as u64 > LIMIT_BYTES {
         release(length);
-        return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        return Err(full());
     }
     let mut bytes = vec![0; length];
     let mut at = 0;
@@ -235,6 +242,16 @@ fn release(length: usize) {
 /// More, or fewer, bytes are held.
 pub(super) fn hold(more: i64) {
     HELD_BYTES.fetch_add(more as u64, Relaxed);
+}
+
+/// There is no room to keep more. Told apart from an `ENOMEM` of the system, which is nobody's fault.
+pub fn full() -> io::Error {
+    io::ErrorKind::OutOfMemory.into()
+}
+
+/// Is it the error of [`full`]?
+pub fn is_full(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::OutOfMemory && error.raw_os_error().is_none()
 }
 
 /// Is there room to keep so many bytes more?
@@ -335,7 +352,9 @@ mod tests {
             for step in 0..random(12) {
                 let (offset, data) = (random(60), vec![100 + step as u8; 1 + random(20) as usize]);
                 let range = offset..offset + data.len() as u64;
-                match random(4) {
+                // A hole ends where the file does.
+                let hole = |file: &Memory| offset..range.end.min(file.0.len() as u64).max(offset);
+                match random(6) {
                     0 => {
                         let end = range.end;
                         undo.before_drop(range, &mut seen).unwrap();
@@ -352,6 +371,17 @@ mod tests {
                         seen.write(offset, &data).unwrap();
                         kept.write(offset, &data).unwrap();
                         undo.after_kept(range);
+                    }
+                    3 => {
+                        let hole = hole(&seen);
+                        undo.before_drop(hole.clone(), &mut seen).unwrap();
+                        seen.zero(hole).unwrap();
+                    }
+                    4 => {
+                        let hole = hole(&seen);
+                        seen.zero(hole.clone()).unwrap();
+                        kept.zero(hole.clone()).unwrap();
+                        undo.after_hole(hole);
                     }
                     _ => {
                         let size = random(60);

@@ -15,6 +15,7 @@ pub struct Filter {
     /// The fault's kind, or the event's name.
     pub kind: Option<String>,
     pub op: Option<String>,
+    /// Of rename and link, either path.
     pub path: Option<GlobMatcher>,
     pub pid: Option<u32>,
 }
@@ -25,11 +26,13 @@ impl Filter {
         match &record.body {
             Body::Injection(injection) => {
                 use std::os::unix::ffi::OsStrExt;
-                let path = injection.path.as_deref().map(std::ffi::OsStr::from_bytes);
+                let mut paths = [&injection.path, &injection.to].into_iter().flatten();
+                let mut is_any =
+                    |glob: &GlobMatcher| paths.any(|path| glob.is_match(std::ffi::OsStr::from_bytes(path)));
                 self.rule.as_ref().is_none_or(|rule| rule.is_match(&*injection.rule))
                     && self.kind.as_ref().is_none_or(|kind| kind == injection.kind || kind == "injection")
                     && self.op.as_ref().is_none_or(|op| op == injection.op)
-                    && self.path.as_ref().is_none_or(|glob| path.is_some_and(|path| glob.is_match(path)))
+                    && self.path.as_ref().is_none_or(&mut is_any)
                     && self.pid.is_none_or(|pid| pid == injection.pid)
             }
             Body::Change(change) => {

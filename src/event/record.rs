@@ -40,6 +40,8 @@ pub struct Injection {
     pub op: &'static str,
     /// As seen under the mountpoint; any bytes.
     pub path: Option<Arc<[u8]>>,
+    /// Of an operation with two paths, the new one.
+    pub to: Option<Arc<[u8]>>,
     pub ino: u64,
     pub fh: Option<u64>,
     pub offset: Option<u64>,
@@ -124,12 +126,13 @@ pub fn rfc3339(time: SystemTime) -> String {
 
 impl Injection {
     fn fill(&self, object: &mut Map<String, Value>) {
-        let path = self.path.as_ref().map(|path| String::from_utf8_lossy(path).into_owned());
+        let text = |path: &Option<Arc<[u8]>>| path.as_ref().map(|path| String::from_utf8_lossy(path).into_owned());
+        let (path, to) = (text(&self.path), text(&self.to));
         let errno = self.errno.map(|n| errno::name(n).map_or_else(|| n.to_string(), str::to_string));
         let place = |range: &Range<u64>| json!({"offset": range.start, "length": range.end - range.start});
         let changed: Option<Vec<Value>> = self.changed.as_ref().map(|ranges| ranges.iter().map(place).collect());
         let fields = json!({
-            "rule": &*self.rule, "kind": self.kind, "op": self.op, "path": path, "ino": self.ino, "fh": self.fh,
+            "rule": &*self.rule, "kind": self.kind, "op": self.op, "path": path, "to": to, "ino": self.ino, "fh": self.fh,
             "offset": self.offset, "length": self.length, "done": self.done, "changed": changed, "pid": self.pid, "tid": self.tid,
             "uid": self.uid, "comm": self.comm.text(), "errno": errno, "delay_ns": self.delay_ns, "nth": self.nth,
             "repeat": self.repeat, "worker": self.worker, "labels": self.labels.as_deref().cloned().unwrap_or_default(),

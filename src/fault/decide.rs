@@ -64,11 +64,23 @@ pub struct Firing {
     pub delay_ns: u64,
     /// Of bad sectors, the first byte that cannot be read.
     pub place: Option<u64>,
+    /// Of a slow disk.
+    turn: Turn,
     term: usize,
     /// The match that fired, and of what.
     n: u64,
     key: u64,
     scope: Option<Arc<Scope>>,
+}
+
+/// A turn on a slow disk, by bytes and by operations: how long it keeps the disk busy, and until when it has to wait.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Turn([(u64, u64); 2]);
+
+impl Turn {
+    fn wait_ns(&self, now_ns: u64) -> u64 {
+        self.0.iter().map(|(_, until)| until.saturating_sub(now_ns)).max().unwrap_or(0)
+    }
 }
 
 impl Firing {
@@ -99,6 +111,18 @@ impl Firing {
             None => drop(fired.fetch_sub(1, Relaxed)),
         }
         nth.is_some()
+    }
+
+    /// Its request goes on before its time, or not at all: what it had still to wait for is given back to who comes next. Those
+    /// that wait already go on when they were to.
+    pub fn leave_queue(&self, now_ns: u64) {
+        let busy = &self.rule.counters.terms[self.term].busy_ns;
+        for ((cost, until), busy) in self.turn.0.iter().zip(busy) {
+            let left = until.saturating_sub(now_ns).min(*cost);
+            if left > 0 {
+                let _ = busy.fetch_update(Relaxed, Relaxed, |busy| Some(busy.saturating_sub(left)));
+            }
+        }
     }
 
     /// It turned out that nothing could be done to the request: as if the rule had not fired.
@@ -327,7 +351,7 @@ fn ask(rule: &Arc<Rule>, facts: &impl Facts, path_known: bool) -> Option<Firing>
     if !rule.fires(key, n) || rule.trigger.times.is_some_and(|times| counts.injections.load(Relaxed) >= times) {
         return None;
     }
-    let (term, delay_ns) = rule.choose(key, n, facts)?;
+    let (term, delay_ns, turn) = rule.choose(key, n, facts)?;
     let place = match &rule.terms[term].fault {
         Some(Fault::BadSectors(bad)) => rule.bad_sector(term, bad, facts),
         _ => None,
@@ -337,7 +361,7 @@ fn ask(rule: &Arc<Rule>, facts: &impl Facts, path_known: bool) -> Option<Firing>
         rule.counters.terms[term].fired.fetch_sub(1, Relaxed);
         return None;
     };
-    Some(Firing { rule: rule.clone(), nth, delay_ns, place, term, n, key, scope })
+    Some(Firing { rule: rule.clone(), nth, delay_ns, place, turn, term, n, key, scope })
 }
 
 /// Cheap conditions first: the order is not part of the meaning.
@@ -508,7 +532,7 @@ impl Rule {
     }
 
     /// The first term that can act, with its delay.
-    fn choose(&self, key: u64, n: u64, facts: &impl Facts) -> Option<(usize, u64)> {
+    fn choose(&self, key: u64, n: u64, facts: &impl Facts) -> Option<(usize, u64, Turn)> {
         let only = self.terms.len() == 1;
         for (i, term) in self.terms.iter().enumerate() {
             let state = &self.counters.terms[i];
@@ -516,7 +540,7 @@ impl Rule {
             if !by_chance || !(only || self.term_acts_on(i, facts)) {
                 continue;
             }
-            let delay_ns = self.delay_ns(term, i, key, n, facts);
+            let (delay_ns, turn) = self.delay_ns(term, i, key, n, facts);
             if delay_ns == 0 && matches!(term.fault, Some(Fault::Throttle(_))) {
                 // The disk is free: nothing to wait for.
                 return None;
@@ -524,36 +548,38 @@ impl Rule {
             if !take(&state.fired, term.limit) {
                 continue;
             }
-            return term.fault.is_some().then_some((i, delay_ns));
+            return term.fault.is_some().then_some((i, delay_ns, turn));
         }
         None
     }
 
-    fn delay_ns(&self, term: &Term, i: usize, key: u64, n: u64, facts: &impl Facts) -> u64 {
+    fn delay_ns(&self, term: &Term, i: usize, key: u64, n: u64, facts: &impl Facts) -> (u64, Turn) {
         match &term.fault {
             Some(Fault::Latency(latency)) => {
                 let [u, v] = DRAW_DELAY.map(|which| self.draw(key, n, which));
-                latency.sample(u, v)
+                (latency.sample(u, v), Turn::default())
             }
-            Some(Fault::Throttle(throttle)) => self.queue(throttle, i, facts),
-            _ => 0,
+            Some(Fault::Throttle(throttle)) => {
+                let now = facts.now_ns();
+                let turn = self.queue(throttle, i, facts.bytes(), now);
+                (turn.wait_ns(now), turn)
+            }
+            _ => (0, Turn::default()),
         }
     }
 
-    /// Takes a turn on a slow disk: how long until the request is done. The disk is busy with one after the other (a
+    /// Takes a turn on a slow disk: until when the request has to wait. The disk is busy with one after the other (a
     /// virtual clock; Turner's leaky bucket), and what it may owe after a rest is the burst.
-    fn queue(&self, throttle: &Throttle, i: usize, facts: &impl Facts) -> u64 {
-        let now = facts.now_ns();
-        let turns = throttle.costs_ns(facts.bytes()).into_iter().zip(throttle.bursts_ns());
-        let waits = turns.zip(&self.counters.terms[i].busy_ns).map(|((cost, burst), busy)| {
+    fn queue(&self, throttle: &Throttle, i: usize, bytes: u64, now: u64) -> Turn {
+        let (costs, bursts) = (throttle.costs_ns(bytes), throttle.bursts_ns());
+        Turn(std::array::from_fn(|k| {
             let mut until = now;
-            let _ = busy.fetch_update(Relaxed, Relaxed, |busy| {
-                until = busy.max(now).saturating_add(cost);
+            let _ = self.counters.terms[i].busy_ns[k].fetch_update(Relaxed, Relaxed, |busy| {
+                until = busy.max(now).saturating_add(costs[k]);
                 Some(until)
             });
-            (until - now).saturating_sub(burst)
-        });
-        waits.max().unwrap_or(0)
+            (costs[k], until.saturating_sub(bursts[k]))
+        }))
     }
 
     /// Claims an injection, if there is one left, and gives its number.
@@ -747,6 +773,23 @@ mod tests {
     }
 
     const GOLDEN: &[u64] = &[2, 4, 7, 10, 11, 13, 14, 15, 16, 17, 18, 19];
+
+    #[test]
+    fn who_leaves_the_queue_of_a_slow_disk_gives_back_what_is_left_of_its_own_turn() {
+        let throttle = rule(r#"{"name":"t","fault":{"kind":"throttle","bytes_per_second":"100"}}"#);
+        let plan = Plan::new(1, vec![throttle]);
+        let second = 1_000_000_000;
+        // Each is of 100 bytes, and the clock stands at 1000 ns.
+        let wait = || decide(&plan, &Write("/")).delays.remove(0);
+        let all: Vec<Firing> = (0..3).map(|_| wait()).collect();
+        assert_eq!(all.iter().map(|firing| firing.delay_ns / second).collect::<Vec<_>>(), [1, 2, 3]);
+        all[2].leave_queue(1000 + 3 * second / 10);
+        assert_eq!(wait().delay_ns, 3 * second, "all of its turn, which has not begun");
+        all[0].leave_queue(1000 + 3 * second / 10);
+        assert_eq!(wait().delay_ns, 4 * second - 7 * second / 10, "the rest of its turn");
+        all[1].leave_queue(1000 + 2 * second);
+        assert_eq!(wait().delay_ns, 5 * second - 7 * second / 10, "nothing, its time had come");
+    }
 
     #[test]
     fn many_threads_never_fire_more_often_than_allowed() {

@@ -69,7 +69,12 @@ fn reason(rule: &Rule, now_ns: u64) -> String {
         let what = if expired.is_empty() { "a rule before it in the set decided all of them" } else { "too late" };
         return format!("{expired}{looked} requests were looked at, {met} met all its conditions, and {what}");
     }
-    format!("{expired}{looked} requests were looked at, {matches} matched, and none met the trigger: {}", trigger(rule))
+    let matched = format!("{expired}{looked} requests were looked at, {matches} matched");
+    // Decided and not told yet.
+    match read(&rule.counters.injections) {
+        0 => format!("{matched}, and none met the trigger: {}", trigger(rule)),
+        waiting => format!("{matched}, and {waiting} of them wait behind a delay or a stall of another rule"),
+    }
 }
 
 fn trigger(rule: &Rule) -> String {
@@ -97,6 +102,9 @@ fn trigger(rule: &Rule) -> String {
     }
     if trigger.probability < 1.0 {
         limits.push(format!("probability {}", trigger.probability));
+    }
+    if limits.is_empty() && rule.faults().any(|fault| matches!(fault, super::Fault::Stall { .. })) {
+        limits.push("another stall held them already".into());
     }
     if limits.is_empty() {
         limits.push(format!("the kind {:?} had nothing to do", rule.spec_kind()));

@@ -53,15 +53,35 @@ impl<'a> Request<'a> {
         let named =
             self.call.names().filter_map(|(parent, name)| Some(self.core.tree.get(parent).ok()?.child_path(name)));
         let linked = matches!(self.call, Call::Link { .. }).then(|| self.inode()).flatten();
-        named.chain(linked.map(|inode| inode.path(self.core.tree.version()).to_vec()))
+        named.chain(linked.into_iter().flat_map(|inode| inode.paths()))
     }
 
-    /// The path for the event.
-    pub fn path(&self) -> Option<Arc<[u8]>> {
-        match self.name_paths().first() {
-            Some(path) => Some(path.as_slice().into()),
-            None => self.inode().map(|inode| inode.path(self.core.tree.version())),
+    /// The path for the event; of an operation with two, the other one too: where it leads. Of a file with several names it
+    /// is the one that the rule is about.
+    pub fn paths(&self, rule: Option<&Rule>) -> [Option<Arc<[u8]>>; 2] {
+        let shared = |path: &Vec<u8>| Some(Arc::from(path.as_slice()));
+        match (self.call, self.name_paths()) {
+            (Call::Link { .. }, [to, ..]) => {
+                [self.inode().map(|inode| self.path_of(inode, rule, Some(to))), shared(to)]
+            }
+            (_, [path, to, ..]) => [shared(path), shared(to)],
+            (_, [path]) => [shared(path), None],
+            (_, []) => [self.inode().map(|inode| self.path_of(inode, rule, None)), None],
         }
+    }
+
+    /// The name of a file that a rule is about, or else the one used last. What is linked has the new name (`to`) too by now,
+    /// if that is done.
+    fn path_of(&self, inode: &Inode, rule: Option<&Rule>, to: Option<&[u8]>) -> Arc<[u8]> {
+        let latest = inode.path(self.core.tree.version());
+        let is_old = |path: &[u8]| to != Some(path);
+        let is_meant = |path: &[u8]| is_old(path) && rule.is_none_or(|rule| rule.path_matches(std::iter::once(path)));
+        if !inode.has_several_names() || is_meant(&latest) {
+            return latest;
+        }
+        let paths: SmallVec<[Vec<u8>; 2]> = inode.paths().collect();
+        let found = paths.iter().find(|path| is_meant(path)).or_else(|| paths.iter().find(|path| is_old(path)));
+        found.map_or(latest, |path| path.as_slice().into())
     }
 }
 
@@ -157,7 +177,10 @@ impl Facts for Request<'_> {
     }
 
     fn path_key(&self) -> u64 {
-        self.path().map_or(0, |path| key_of(&path))
+        match self.name_paths().first() {
+            Some(path) => key_of(path),
+            None => self.inode().map_or(0, |inode| key_of(&inode.path(self.core.tree.version()))),
+        }
     }
 
     fn now_ns(&self) -> u64 {

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 
 use super::passthrough::Handles;
-use super::privileges::is_privileged;
+use super::privileges;
 use crate::durability::Undo;
 use crate::fault::Plan;
 use crate::space::{Members, Quotas, Usage, WritebackError};
@@ -71,7 +71,7 @@ pub struct Inode {
     /// Was it changed through us since its stamp was taken?
     pub changed: AtomicBool,
     /// Has it suid or sgid, as far as was seen? Read on the hot path instead of its attributes.
-    pub privileged: AtomicBool,
+    pub privileged: privileges::Seen,
     stamp: Mutex<Option<Stamp>>,
     /// Has somebody else changed it since its pages were last let go?
     pub foreign: AtomicBool,
@@ -96,6 +96,8 @@ impl Stamp {
 struct Names {
     /// The latest used comes first.
     links: SmallVec<[(Arc<Inode>, OsString); 1]>,
+    /// Goes up when they change. What was found out without the lock is kept only if it has not.
+    changes: u64,
     /// The path of the first link, as of a version of the tree.
     path: Option<(u64, Arc<[u8]>)>,
     /// Which rules of a plan match the paths, as of a version of the tree.
@@ -143,7 +145,7 @@ impl Inode {
             usage: Usage::default(),
             writeback_error: WritebackError::default(),
             changed: AtomicBool::new(false),
-            privileged: AtomicBool::new(false),
+            privileged: privileges::Seen::default(),
             stamp: Mutex::default(),
             foreign: AtomicBool::new(false),
             handles: Handles::default(),
@@ -153,7 +155,7 @@ impl Inode {
     /// Takes the stamp of the file as it is now; `true` if that is the one it had, so that nobody else changed it.
     pub fn stamp(&self, stat: &FileStat) -> bool {
         self.changed.store(false, Release);
-        self.privileged.store(is_privileged(stat.st_mode), Release);
+        self.privileged.note(stat.st_mode);
         let now = Some(Stamp::of(stat));
         std::mem::replace(&mut *self.stamp.lock(), now) == now
     }
@@ -277,13 +279,15 @@ impl Inode {
 
     /// The path below the mountpoint, with a leading slash; of several, the one used last. `version` is the tree's.
     pub fn path(&self, version: u64) -> Arc<[u8]> {
-        if let Some((of, path)) = &self.names.lock().path
-            && *of == version
-        {
-            return path.clone();
-        }
-        let path: Arc<[u8]> = self.paths().next().unwrap_or_else(|| b"/".to_vec()).into();
-        self.names.lock().path = Some((version, path.clone()));
+        let (links, changes) = {
+            let names = self.names.lock();
+            if let Some((_, path)) = names.path.as_ref().filter(|(of, _)| *of == version) {
+                return path.clone();
+            }
+            (names.links.clone(), names.changes)
+        };
+        let path: Arc<[u8]> = paths_of(links).next().unwrap_or_else(|| b"/".to_vec()).into();
+        self.remember(changes, |names| names.path = Some((version, path.clone())));
         path
     }
 
@@ -292,11 +296,22 @@ impl Inode {
         self.names.lock().links.iter().map(|(parent, name)| (parent.id, name.clone())).collect()
     }
 
+    pub fn has_several_names(&self) -> bool {
+        self.names.lock().links.len() > 1
+    }
+
     /// All paths that are known.
     pub fn paths(&self) -> impl Iterator<Item = Vec<u8>> {
-        let links = self.names.lock().links.clone();
-        let root = links.is_empty().then(|| b"/".to_vec());
-        links.into_iter().map(|(parent, name)| parent.child_path(&name)).chain(root)
+        paths_of(self.names.lock().links.clone())
+    }
+
+    /// Keeps what was found out of the names as they were then, if they are still the same: who was overtaken by a rename
+    /// must not leave what was true before it.
+    fn remember(&self, changes: u64, keep: impl FnOnce(&mut Names)) {
+        let mut names = self.names.lock();
+        if names.changes == changes {
+            keep(&mut names);
+        }
     }
 
     /// The path of a name in this directory.
@@ -320,37 +335,50 @@ impl Inode {
 
     /// Which rules of the plan match the paths: computed once for each plan and version of the tree.
     pub fn path_bits(&self, plan: &Plan, version: u64) -> Arc<[u64]> {
-        if let Some((id, of, bits)) = &self.names.lock().bits
-            && (*id, *of) == (plan.id, version)
-        {
-            return bits.clone();
-        }
-        let paths: SmallVec<[Vec<u8>; 1]> = self.paths().collect();
+        let (links, changes) = {
+            let names = self.names.lock();
+            if let Some((.., bits)) = names.bits.as_ref().filter(|(id, of, _)| (*id, *of) == (plan.id, version)) {
+                return bits.clone();
+            }
+            (names.links.clone(), names.changes)
+        };
+        let paths: SmallVec<[Vec<u8>; 1]> = paths_of(links).collect();
         let bits: Arc<[u64]> = plan.path_bits(paths.iter().map(Vec::as_slice)).into();
-        self.names.lock().bits = Some((plan.id, version, bits.clone()));
+        self.remember(changes, |names| names.bits = Some((plan.id, version, bits.clone())));
         bits
     }
 
     /// Which quotas are for the path, whoever owns the file: computed once for each set and version of the tree.
     pub fn quota_bits(&self, quotas: &Quotas, version: u64) -> Members {
-        if let Some((id, of, bits)) = self.names.lock().quota_bits.as_deref()
-            && (*id, *of) == (quotas.id, version)
-        {
-            return *bits;
-        }
+        let changes = {
+            let names = self.names.lock();
+            let known = names.quota_bits.as_deref().filter(|(id, of, _)| (*id, *of) == (quotas.id, version));
+            if let Some((.., bits)) = known {
+                return *bits;
+            }
+            names.changes
+        };
+        // Of the names as they were then, or later ones: then nothing is kept.
         let path = self.path(version);
         let bits = quotas.which(|quota| quota.matches_path(&path));
-        self.names.lock().quota_bits = Some(Box::new((quotas.id, version, bits)));
+        self.remember(changes, |names| names.quota_bits = Some(Box::new((quotas.id, version, bits))));
         bits
     }
 }
 
 impl Names {
     fn forget_paths(&mut self) {
+        self.changes += 1;
         self.path = None;
         self.bits = None;
         self.quota_bits = None;
     }
+}
+
+/// The paths of these names; the root has none of its own.
+fn paths_of(links: SmallVec<[(Arc<Inode>, OsString); 1]>) -> impl Iterator<Item = Vec<u8>> {
+    let root = links.is_empty().then(|| b"/".to_vec());
+    links.into_iter().map(|(parent, name)| parent.child_path(&name)).chain(root)
 }
 
 /// Opens what an `O_PATH` descriptor stands for, by way of procfs.
@@ -358,4 +386,58 @@ pub fn reopen(fd: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let flags = nix::fcntl::OFlag::from_bits_retain(flags & !libc::O_NOFOLLOW | libc::O_CLOEXEC);
     Ok(nix::fcntl::open(path.as_str(), flags, nix::sys::stat::Mode::empty())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::fault::compile::Defaults;
+    use crate::fault::{RuleSpec, compile};
+
+    fn inode(id: u64, kind: u32) -> Inode {
+        let mount = Arc::new(File::open("/").unwrap());
+        Inode::new(id, Identity { dev: 0, ino: id, handle: None }, kind, mount, None)
+    }
+
+    fn plan(path: &str) -> Plan {
+        let spec =
+            serde_json::json!({"name": "r", "match": {"path": path}, "fault": {"kind": "error", "errno": "EIO"}});
+        let spec: RuleSpec = serde_json::from_value(spec).unwrap();
+        let defaults = Defaults { seed: 0, now_ns: 0, created: std::time::SystemTime::UNIX_EPOCH };
+        Plan::new(1, vec![Arc::new(compile(spec, defaults).unwrap())])
+    }
+
+    #[test]
+    fn who_asks_for_a_path_while_it_changes_leaves_no_old_one_behind() {
+        let (root, file) = (Arc::new(inode(1, libc::S_IFDIR)), inode(2, libc::S_IFREG));
+        let (plan, names) = (plan("/bad"), ["good", "bad"].map(OsStr::new));
+        file.met(&root, names[0]);
+        let (stop, begun) = (AtomicBool::new(false), Instant::now());
+        let mut wrong = Vec::new();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !stop.load(Relaxed) {
+                        file.path_bits(&plan, 0);
+                        file.path(0);
+                    }
+                });
+            }
+            for n in 1.. {
+                if n > 20_000 || begun.elapsed() > Duration::from_secs(3) {
+                    break;
+                }
+                file.moved(1, names[(n + 1) % 2], &root, names[n % 2]);
+                std::thread::sleep(Duration::from_micros(20));
+                let (bits, path) = (file.path_bits(&plan, 0), file.path(0));
+                if (bits[0] == 1, &path[1..]) != (n % 2 == 1, names[n % 2].as_bytes()) {
+                    wrong.push((n, bits[0], String::from_utf8_lossy(&path).into_owned()));
+                }
+            }
+            stop.store(true, Relaxed);
+        });
+        assert!(wrong.is_empty(), "{} times: {:?}", wrong.len(), &wrong[..wrong.len().min(3)]);
+    }
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::call::{Call, Caller, Reply};
-use crate::fault::{Decision, Rule};
+use crate::fault::{Decision, Firing, Rule};
 
 /// The kernel stops sending reads at 65,535 that are open (`max_background`): well before that, none is parked.
 pub const MOST: usize = 60_000;
@@ -35,6 +35,8 @@ pub struct Parked {
     pub stalled: bool,
     /// The rules that hold it.
     pub rules: smallvec::SmallVec<[Arc<Rule>; 1]>,
+    /// What delays it: it can have a place in a queue.
+    pub delays: Vec<Firing>,
     pub since_ns: u64,
     /// When it goes on by itself.
     pub until_ns: Option<u64>,
@@ -196,7 +198,7 @@ mod tests {
         let decision = Decision::default();
         let pending = Pending { caller, call: Call::Statfs { ino: 1 }, reply: Reply::None, decision };
         let rules = [Arc::new(rule)].into_iter().collect();
-        Parked { pending, stalled: true, rules, since_ns: 0, until_ns: None, caller_started: None }
+        Parked { pending, stalled: true, rules, delays: Vec::new(), since_ns: 0, until_ns: None, caller_started: None }
     }
 
     /// It was decided in time; when it is parked, the clock has let go already what the rule held.

@@ -119,7 +119,7 @@ impl Core {
     fn wants_passthrough(&self, globs: &GlobSet, inode: &Arc<Inode>) -> bool {
         inode.is_regular()
             // Whether suid and sgid survive a write, the kernel would judge by us.
-            && !inode.privileged.load(Acquire)
+            && !inode.privileged.is_privileged()
             && !self.capacity.limits()
             && !inode.undoable.load(Acquire)
             && inode.paths().any(|one| globs.is_match(OsString::from_vec(one)))

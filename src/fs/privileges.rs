@@ -8,7 +8,7 @@
 
 use std::fs;
 use std::io;
-use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::{AtomicU64, Ordering::*};
 
 use super::call::Caller;
 use super::inode::Inode;
@@ -64,10 +64,46 @@ pub fn is_privileged(mode: u32) -> bool {
     mode & (libc::S_ISUID | libc::S_ISGID) != 0
 }
 
+/// Has a file anything of that, as far as was seen? Who looks at the file may be slower than who changes it: a look that saw
+/// something counts always, one that saw nothing only if nobody has seen something since it began.
+#[derive(Debug, Default)]
+pub struct Seen(AtomicU64);
+
+/// When a look began.
+#[derive(Clone, Copy, Debug)]
+pub struct Since(u64);
+
+impl Seen {
+    /// Read on the hot path.
+    pub fn is_privileged(&self) -> bool {
+        self.0.load(Acquire) & 1 != 0
+    }
+
+    /// To be called before the file is looked at.
+    pub fn since(&self) -> Since {
+        Since(self.0.load(Acquire))
+    }
+
+    pub fn note(&self, mode: u32) {
+        if is_privileged(mode) {
+            let _ = self.0.fetch_update(AcqRel, Relaxed, |seen| Some((seen | 1).wrapping_add(2)));
+        }
+    }
+
+    /// The mode is of a look that began then.
+    pub fn note_since(&self, since: Since, mode: u32) {
+        if is_privileged(mode) {
+            self.note(mode);
+        } else if since.0 & 1 != 0 {
+            let _ = self.0.compare_exchange(since.0, since.0 & !1, AcqRel, Relaxed);
+        }
+    }
+}
+
 /// Changes a file so that the backing filesystem judges as it would judge the caller whether suid and sgid stay. With
 /// `FUSE_HANDLE_KILLPRIV_V2`, without which the kernel would ask for an attribute before each write, that is our task.
 pub fn judged<T>(caller: &Caller, inode: &Inode, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    if !inode.privileged.load(Acquire) {
+    if !inode.privileged.is_privileged() {
         return change();
     }
     let privileges = Privileges::of(caller);
@@ -77,7 +113,7 @@ pub fn judged<T>(caller: &Caller, inode: &Inode, change: impl FnOnce() -> io::Re
 
 /// The same for a caller of whom the kernel has said that it lacks `CAP_FSETID`.
 pub fn without_fsetid<T>(caller: &Caller, inode: &Inode, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    if !inode.privileged.load(Acquire) {
+    if !inode.privileged.is_privileged() {
         return change();
     }
     ids::in_groups(caller.gid, &Privileges::of(caller).groups, Some(CAP_FSETID), change)

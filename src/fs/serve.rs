@@ -171,9 +171,16 @@ impl Core {
         }
         let delay_ns = decision.delay_ns();
         if delay_ns > 0 {
-            let rules = decision.delays.drain(..).map(|firing| firing.rule).collect();
+            let delays = std::mem::take(&mut decision.delays);
+            let rules = delays.iter().map(|firing| firing.rule.clone()).collect();
             let until = self.ring.now_ns().saturating_add(delay_ns);
-            return self.park(caller, call, reply, decision, Wait { stalled: false, rules, until: Some(until) });
+            return self.park(
+                caller,
+                call,
+                reply,
+                decision,
+                Wait { stalled: false, rules, delays, until: Some(until) },
+            );
         }
         decision.delays.clear();
         if let Some(firing) = &decision.stall
@@ -182,7 +189,7 @@ impl Core {
             self.inject(&caller, &call, firing, Told::default());
             let until = limit_ns.map(|limit| self.ring.now_ns().saturating_add(limit));
             let rules = [firing.rule.clone()].into_iter().collect();
-            return self.park(caller, call, reply, decision, Wait { stalled: true, rules, until });
+            return self.park(caller, call, reply, decision, Wait { stalled: true, rules, delays: Vec::new(), until });
         }
         match decision.outcome {
             Outcome::Proceed => self.pass(caller, call, reply),
@@ -241,6 +248,7 @@ impl Core {
             pending: Pending { caller, call: call.into_owned(), reply, decision },
             stalled: wait.stalled,
             rules: wait.rules,
+            delays: wait.delays,
             since_ns: self.ring.now_ns(),
             until_ns: wait.until,
         };
@@ -263,6 +271,10 @@ impl Core {
 
     fn go_on(self: &Arc<Self>, parked: Parked, how: Ended) {
         let Pending { caller, call, reply, mut decision } = parked.pending;
+        if how != Ended::Released {
+            let now = self.ring.now_ns();
+            parked.delays.iter().for_each(|firing| firing.leave_queue(now));
+        }
         if how == Ended::CallerDied {
             // What was to follow has not happened.
             if let (Some(stall), false) = (&decision.stall, parked.stalled) {
@@ -426,7 +438,7 @@ impl Core {
             nth: firing.nth,
             repeat: told.repeat,
             labels: rule.labels.clone(),
-            ..self.describe(caller, call)
+            ..self.describe(caller, call, Some(rule))
         });
         if !told.repeat {
             rule.note_published(seq);
@@ -450,17 +462,19 @@ impl Core {
         let nth = refuses.counters.injections.fetch_add(1, Relaxed) + 1;
         self.wake_others(refuses.note_told());
         let rule = refuses.name.clone();
-        let injection = Injection { rule, kind: "space", errno, done, nth, ..self.describe(caller, call) };
+        let injection = Injection { rule, kind: "space", errno, done, nth, ..self.describe(caller, call, None) };
         refuses.note_published(self.ring.inject(injection));
     }
 
     /// The part of an injection that tells the request.
-    fn describe(&self, caller: &Caller, call: &Call<'_>) -> Injection {
+    fn describe(&self, caller: &Caller, call: &Call<'_>, rule: Option<&Rule>) -> Injection {
         let process = process::of_thread(caller.tid);
         let range = call.range();
+        let [path, to] = Request::new(self, caller, call).paths(rule);
         Injection {
             op: call.op().word(),
-            path: Request::new(self, caller, call).path(),
+            path,
+            to,
             ino: call.ino(),
             fh: call.fh(),
             offset: range.map(|(offset, _)| offset),
@@ -522,6 +536,7 @@ pub struct Told {
 struct Wait {
     stalled: bool,
     rules: SmallVec<[Arc<Rule>; 1]>,
+    delays: Vec<Firing>,
     until: Option<u64>,
 }
 

@@ -437,3 +437,33 @@ fn what_is_done_and_told_to_have_failed_leaves_no_handle_behind() {
     mounted.reset();
     mounted.end();
 }
+
+#[test]
+fn a_required_rule_that_waits_behind_another_says_so() {
+    let mounted = Mounted::new();
+    prepared(&mounted, "f", PAGE);
+    let stall = |name: &str, required: bool| {
+        let fault = json!({"kind": "stall"});
+        mounted.rule(name, json!({"required": required, "match": {"ops": ["fsync"]}, "fault": fault}));
+    };
+    stall("s1", false);
+    stall("s2", true);
+    let mut rule = eio(json!({"ops": ["fsync"]}), json!({}));
+    rule["required"] = true.into();
+    mounted.rule("r", rule);
+    let path = mounted.path("f");
+    let synced = std::thread::spawn(move || File::open(path).unwrap().sync_all());
+    eventually("it is parked", || mounted.health("parked") == 1);
+    let said = mounted.try_cli(&["rule", "check"]);
+    let reason = |rule: &str, words: &str| {
+        let of_rule = |line: &&str| line.contains(&format!("rule {rule} ")) && line.contains(words);
+        assert!(said.code == 1 && said.err.lines().any(|line| of_rule(&line)), "{rule}: {said:?}");
+    };
+    reason("r", "1 of them wait behind a delay or a stall of another rule");
+    reason("s2", "another stall held them already");
+    mounted.cli(&["rule", "release", "s1"]);
+    assert_eq!(synced.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
+    let said = mounted.try_cli(&["rule", "check"]);
+    assert!(said.out.contains("rule r has fired 1 times"), "{said:?}");
+    mounted.end();
+}

@@ -302,3 +302,73 @@ fn many_readers_of_the_whole_ring_do_not_starve_who_asks_the_socket() {
     assert!(each < EVENTS, "{answers} answers: while one was waited for, the readers were given {each} events");
     mounted.end();
 }
+
+/// Numbers of injections of which the path is such a one.
+fn told_of(mounted: &Mounted, path: &str) -> usize {
+    let request = format!(
+        "GET /v1/events?follow=false&path={path} HTTP/1.1\r\nHost: x\r\nAccept: application/x-ndjson\r\n\
+         Connection: close\r\n\r\n"
+    );
+    mounted.raw(&request).lines().filter(|line| line.contains("\"event\":\"injection\"")).count()
+}
+
+#[test]
+fn a_rename_and_a_link_tell_both_paths_and_are_found_by_either() {
+    let mounted = Mounted::new();
+    std::fs::write(mounted.path("a"), "x").unwrap();
+    mounted.error_rule("to", "rename", "/b", "EIO", None);
+    mounted.error_rule("from", "link", "/a", "EIO", None);
+    std::fs::rename(mounted.path("a"), mounted.path("b")).unwrap_err();
+    std::fs::hard_link(mounted.path("a"), mounted.path("c")).unwrap_err();
+    mounted.error_rule("one", "unlink", "/a", "EIO", None);
+    std::fs::remove_file(mounted.path("a")).unwrap_err();
+    for (rule, path, to) in [("to", "/a", json!("/b")), ("from", "/a", json!("/c")), ("one", "/a", json!(null))] {
+        let event = &mounted.injections(rule)[0];
+        assert_eq!((&event["path"], &event["to"]), (&json!(path), &to), "{event}");
+    }
+    assert_eq!(["/a", "/b", "/c", "/d"].map(|path| told_of(&mounted, path)), [3, 1, 1, 0]);
+    let lines = mounted.cli(&["events", "--path", "/b"]);
+    assert!(lines.contains("/a -> /b"), "{lines}");
+    mounted.end();
+}
+
+#[test]
+fn of_a_file_with_several_names_the_one_is_told_that_the_rule_matched() {
+    let mounted = armed();
+    let file = File::create(mounted.path("f")).unwrap();
+    for name in ["g", "h"] {
+        std::fs::hard_link(mounted.path("f"), mounted.path(name)).unwrap();
+        std::fs::metadata(mounted.path(name)).unwrap();
+    }
+    mounted.error_rule("any", "fsync", "/**", "EIO", None);
+    file.write_at(b"x", 0).unwrap_err();
+    file.sync_all().unwrap_err();
+    assert_eq!(mounted.injections("eio")[0]["path"], "/f", "the rule is about /f");
+    assert_eq!(mounted.injections("any")[0]["path"], "/h", "the one used last");
+    assert_eq!(told_of(&mounted, "/f"), 1);
+    mounted.error_rule("linked", "link", "/g", "EIO", None);
+    std::fs::hard_link(mounted.path("h"), mounted.path("i")).unwrap_err();
+    let event = &mounted.injections("linked")[0];
+    assert_eq!((&event["path"], &event["to"]), (&json!("/g"), &json!("/i")), "{event}");
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn a_write_that_fails_because_no_more_can_be_taken_back_is_told() {
+    let mounted = Mounted::new();
+    File::create(mounted.backing.join("f")).unwrap().set_len(300 << 20).unwrap();
+    mounted.rule("lost", json!({"match": {"ops": ["truncate"], "path": "/f"}, "fault": {"kind": "drop"}}));
+    let file = File::options().write(true).open(mounted.path("f")).unwrap();
+    assert_eq!(file.set_len(0).unwrap_err().raw_os_error(), Some(libc::ENOMEM));
+    let events = mounted.injections("lost");
+    assert_eq!(events.len(), 1, "{events:?}");
+    assert_eq!(
+        (&events[0]["kind"], &events[0]["errno"], &events[0]["nth"]),
+        (&json!("drop"), &json!("ENOMEM"), &json!(1))
+    );
+    assert_eq!(mounted.http("GET", "/v1/rules/lost", None).body["injections"], 1);
+    assert_eq!(mounted.http("GET", "/v1/rules/lost/wait?for=5s", None).body["fired"], true, "it was told");
+    drop(file);
+    mounted.end();
+}

@@ -463,3 +463,53 @@ fn a_program_killed_by_a_fault_of_its_mapping_leaves_the_mount_alone() {
     eventually("an event", || !mounted.injections("r").is_empty());
     mounted.end();
 }
+
+#[test]
+fn a_write_is_dropped_also_of_a_file_that_can_only_be_appended_to() {
+    let mounted = Mounted::new();
+    let below = mounted.backing.join("log");
+    std::fs::write(&below, "old").unwrap();
+    let change = |how: &str| assert!(Command::new("chattr").arg(how).arg(&below).status().unwrap().success());
+    change("+a");
+    let file = OpenOptions::new().append(true).open(mounted.path("log"));
+    mounted.rule("lost", json!({"match": {"ops": ["write"]}, "fault": {"kind": "drop"}}));
+    let written = file.and_then(|mut file| file.write_all(b"new"));
+    let evicted = mounted.try_cli(&["evict"]);
+    change("-a");
+    written.unwrap();
+    assert_eq!(mounted.injections("lost").len(), 1);
+    // As long as it can only be appended to, nobody can take anything back.
+    assert!(evicted.code == 1 && evicted.err.contains("/log"), "{evicted:?}");
+    mounted.cli(&["evict"]);
+    assert_eq!(std::fs::read(below).unwrap(), b"old\0\0\0");
+    mounted.end();
+}
+
+#[test]
+fn a_hole_takes_no_size_back_that_a_lost_truncation_gave() {
+    for op in ["fallocate", "none"] {
+        let mounted = Mounted::new();
+        std::fs::write(mounted.backing.join("f"), vec![1; 8192]).unwrap();
+        let file = OpenOptions::new().write(true).open(mounted.path("f")).unwrap();
+        let lost = |ops: &[&str]| json!({"match": {"ops": ops}, "fault": {"kind": "drop"}});
+        mounted.rule("lost", lost(&["truncate"]));
+        file.set_len(65_536).unwrap();
+        match op {
+            "fallocate" => drop(mounted.rule("lost", lost(&["fallocate"]))),
+            _ => drop(mounted.cli(&["rule", "rm", "lost"])),
+        }
+        let punch = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        nix::fcntl::fallocate(&file, punch, 4096, 50_000).unwrap();
+        mounted.cli(&["evict"]);
+        let found = std::fs::read(mounted.backing.join("f")).unwrap();
+        assert_eq!(found.len(), 8192, "{op}");
+        assert_eq!(found[4096..].iter().all(|byte| *byte == 1), op == "fallocate", "a lost hole is none");
+        mounted.rule("lost", lost(&["truncate"]));
+        file.set_len(65_536).unwrap();
+        nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 4096, 50_000).unwrap();
+        mounted.cli(&["evict"]);
+        assert_eq!(std::fs::metadata(mounted.backing.join("f")).unwrap().len(), 54_096, "{op}: so far it is allocated");
+        drop(file);
+        mounted.end();
+    }
+}

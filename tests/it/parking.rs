@@ -527,3 +527,29 @@ fn with_ten_thousand_parked_the_socket_answers_and_all_of_them_go_on_when_releas
     assert!(readers.0.wait().unwrap().success());
     assert!(!is_mounted(&mounted.mountpoint));
 }
+
+#[test]
+fn what_a_killed_or_released_writer_had_still_to_wait_for_is_given_back_to_the_queue() {
+    let mounted = Mounted::new();
+    let fault = json!({"kind": "throttle", "bytes_per_second": "64KiB"});
+    mounted.rule("slow", json!({"match": {"ops": ["write"]}, "fault": fault}));
+    let small = |name: &str| {
+        let (path, began) = (mounted.path(name), Instant::now());
+        let written = within(Duration::from_secs(10), move || std::fs::write(path, [0; 1024]).unwrap());
+        assert!(written.is_some_and(|()| began.elapsed() < Duration::from_secs(3)), "{name}: {:?}", began.elapsed());
+    };
+    // Of its own 14 seconds it has waited for less than one.
+    let mut writer = python_with(&file(&mounted, "big"), "os.pwrite(fd, b'x' * (900 << 10), 0)");
+    eventually_parked(&mounted, 1);
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    small("after a kill");
+    let path = mounted.path("released");
+    let released = hanging(move || std::fs::write(path, vec![1; 900 << 10]).unwrap());
+    eventually_parked(&mounted, 1);
+    mounted.cli(&["rule", "disable", "slow"]);
+    released.join().unwrap();
+    mounted.cli(&["rule", "enable", "slow"]);
+    small("after a release");
+    mounted.end();
+}

@@ -11,7 +11,7 @@ use fuser::FileAttr;
 
 use super::data::{Manner, misfit, read_at};
 use super::errno;
-use crate::durability::Mark;
+use crate::durability::{Mark, undo};
 use crate::fault::corrupt::Corrupt;
 use crate::fault::kind::{Amount, Attributes, Elsewhere, Kept, Portion};
 use crate::fault::{Fault, Firing, Op, Rule, Then};
@@ -42,7 +42,13 @@ impl Core {
         firing: &Firing,
         reply: &mut Reply,
     ) -> Result<Altered, i32> {
-        self.alter(caller, call, firing, reply).map_err(|error| errno(&error))
+        match self.alter(caller, call, firing, reply) {
+            // We have failed it, and for what the rule wants: the rule's doing.
+            Err(error) if undo::is_full(&error) => {
+                Ok((Answer::Empty, Some(Told { errno: Some(libc::ENOMEM), ..Told::default() })))
+            }
+            done => done.map_err(|error| errno(&error)),
+        }
     }
 
     fn alter(&self, caller: &Caller, call: &Call<'_>, firing: &Firing, reply: &mut Reply) -> io::Result<Altered> {

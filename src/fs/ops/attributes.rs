@@ -24,7 +24,7 @@ use crate::sys::xattr;
 
 /// `stat` as the kernel wants it from us.
 pub fn attr_of(inode: &Inode, stat: &FileStat) -> FileAttr {
-    inode.privileged.store(privileges::is_privileged(stat.st_mode), Release);
+    inode.privileged.note(stat.st_mode);
     FileAttr {
         ino: INodeNo(inode.id),
         size: stat.st_size as u64,
@@ -80,14 +80,15 @@ fn proc_path(fd: impl AsFd) -> String {
 
 impl Core {
     pub(super) fn getattr(&self, ino: u64, fh: Option<u64>) -> io::Result<Answer> {
-        let (inode, stat) = match fh.and_then(|fh| self.files.get(fh).ok()) {
-            Some(file) => (file.inode.clone(), stat(&file.file)?),
+        let (inode, since, stat) = match fh.and_then(|fh| self.files.get(fh).ok()) {
+            Some(file) => (file.inode.clone(), file.inode.privileged.since(), stat(&file.file)?),
             None => {
                 let inode = self.tree.get(ino)?;
-                let stat = stat(inode.path_fd()?)?;
-                (inode, stat)
+                let (since, stat) = (inode.privileged.since(), stat(inode.path_fd()?)?);
+                (inode, since, stat)
             }
         };
+        inode.privileged.note_since(since, stat.st_mode);
         Ok(self.attr_answer(&inode, &stat))
     }
 
@@ -124,7 +125,8 @@ impl Core {
             utimensat(AT_FDCWD, path.as_str(), &atime, &mtime, UtimensatFlags::FollowSymlink)?;
         }
         inode.changed.store(true, Release);
-        let stat = stat(&fd)?;
+        let (since, stat) = (inode.privileged.since(), stat(&fd)?);
+        inode.privileged.note_since(since, stat.st_mode);
         Ok(self.attr_answer(&inode, &stat))
     }
 
@@ -285,4 +287,34 @@ fn sized(size: u32, read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Re
     let length = read(&mut data)?;
     data.truncate(length);
     Ok(Answer::Data(data))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::fs::inode::Identity;
+
+    #[test]
+    fn who_looked_before_a_file_got_suid_does_not_hide_that_it_has_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let look = || stat(file.as_file()).unwrap();
+        let (before, own) = (look(), Identity { dev: 0, ino: 2, handle: None });
+        file.as_file().set_permissions(Permissions::from_mode(0o4777)).unwrap();
+        let inode = Inode::new(2, own, libc::S_IFREG, Arc::new(File::open("/").unwrap()), None);
+        let since = inode.privileged.since();
+        attr_of(&inode, &look());
+        attr_of(&inode, &before);
+        assert!(inode.privileged.is_privileged(), "by a late answer");
+        inode.stamp(&before);
+        assert!(inode.privileged.is_privileged(), "by a late stamp");
+        inode.privileged.note_since(since, before.st_mode);
+        assert!(inode.privileged.is_privileged(), "by a look that is late");
+        let since = inode.privileged.since();
+        file.as_file().set_permissions(Permissions::from_mode(0o777)).unwrap();
+        inode.privileged.note_since(since, look().st_mode);
+        assert!(!inode.privileged.is_privileged(), "and it is seen that it lost it");
+    }
 }

@@ -248,7 +248,8 @@ impl Core {
                 change.reserve(self, caller, call, range.clone(), false)?;
             }
             let size = stat(&file.file)?.st_size as u64;
-            let grows = !flags.contains(FallocateFlags::FALLOC_FL_KEEP_SIZE) && range.end > size;
+            let keeps_size = flags.contains(FallocateFlags::FALLOC_FL_KEEP_SIZE);
+            let grows = !keeps_size && range.end > size;
             let touched = match (overwrites, grows) {
                 (true, false) => range.start..range.end.min(size).max(range.start),
                 (true, true) => range.clone(),
@@ -261,8 +262,12 @@ impl Core {
             judged(caller, &file.inode, || {
                 Ok(nix::fcntl::fallocate(&file.file, flags, *offset as i64, *length as i64)?)
             })?;
-            if !touched.is_empty() {
-                change.wrote(drop, touched);
+            match keeps_size {
+                true if drop => {}
+                true => change.emptied(touched),
+                // Nothing is overwritten, and the file has to reach so far.
+                false if touched.is_empty() => change.wrote(true, range.end..range.end),
+                false => change.wrote(drop, touched),
             }
             file.inode.usage.note_found(range.clone(), self.block);
             if self.remembers_preallocation {
@@ -388,7 +393,10 @@ impl Change<'_> {
             false => 0,
         };
         if late {
-            self.accept(range.start + fits..range.end)?;
+            match self.accept(range.start + fits..range.end) {
+                Err(error) if undo::is_full(&error) => return core.refuse(caller, call, libc::ENOMEM),
+                accepted => accepted?,
+            }
             core.inject_space(caller, call, Some(fits), None);
             return Ok(whole);
         }
@@ -525,7 +533,8 @@ impl Change<'_> {
     }
 
     fn begin_to_lose(&mut self, begin: impl FnOnce(&mut Undo, &mut Backing<'_>) -> io::Result<()>) -> io::Result<()> {
-        let readable = File::from(self.inode.open(libc::O_RDWR)?);
+        // For reading only: a file that can only be appended to (`chattr +a`) is opened for no other writing.
+        let readable = File::from(self.inode.open(libc::O_RDONLY)?);
         let inode = self.inode;
         let undo = self.undo.get_or_insert_with(|| inode.undo.lock());
         // Before the size and the old bytes are looked at: a write that does not see it has been done by then.
@@ -561,6 +570,13 @@ impl Change<'_> {
         }
     }
 
+    /// Notes zeros that are to stay, and that have not let the file grow.
+    fn emptied(&mut self, range: Range<u64>) {
+        if let Some(undo) = self.undo.as_mut() {
+            undo.after_hole(range);
+        }
+    }
+
     /// Notes a truncation that is to stay.
     pub fn truncated(&mut self, size: u64) {
         if let Some(undo) = self.undo.as_mut() {
@@ -577,7 +593,7 @@ fn is_buffered_write(call: &Call<'_>) -> bool {
 
 /// What cannot be kept must not be damaged.
 fn room_to_keep(length: usize) -> io::Result<()> {
-    if undo::has_room(length) { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENOMEM)) }
+    if undo::has_room(length) { Ok(()) } else { Err(undo::full()) }
 }
 
 /// Until the end, or until nothing more is to be had.
