@@ -9,8 +9,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
-use crate::client::rule_file::{self, definition};
-use crate::client::{ClientError, Reply, exit, segment, with_query};
+use crate::client::{ClientError, Reply, exit, rule_file, segment, with_query};
+use crate::fault::document::definition;
 
 use super::args::{Span, pair, quoted};
 use super::console::Outcome;
@@ -220,7 +220,9 @@ fn remove(session: &Session, name: &str) -> Result<Outcome, ClientError> {
 fn undo_of(session: &Session, rule: &Value) -> String {
     match (command(rule), rule.as_object()) {
         (Some(words), _) => session.undo(&words),
-        (None, Some(fields)) => format!("undo: PUT {} {}", path_of(&field(rule, "name")), definition(fields)),
+        (None, Some(fields)) => {
+            format!("undo: PUT {} {}", path_of(&field(rule, "name")), Value::Object(definition(fields.clone())))
+        }
         (None, None) => "undo: none".to_owned(),
     }
 }
@@ -228,6 +230,13 @@ fn undo_of(session: &Session, rule: &Value) -> String {
 fn switch(session: &Session, name: &str, enabled: bool) -> Result<Outcome, ClientError> {
     let reply = session.client.patch(&path_of(name), &json!({"enabled": enabled}))?;
     let (done, back) = if enabled { ("enabled", "disable") } else { ("disabled", "enable") };
+    let state = field(&reply.body, "state");
+    // One whose life is over is not brought back by this.
+    let done = if ["expired", "exhausted"].contains(&state.as_str()) {
+        format!("{done}, but {state}")
+    } else {
+        done.to_owned()
+    };
     let what = format!("rule {name} {done}: {}", sentence(&reply.body));
     Ok(changed(reply, what, vec![session.undo(&format!("rule {back} {}", quoted(name)))]))
 }

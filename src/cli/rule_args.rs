@@ -146,7 +146,7 @@ pub struct TriggerArgs {
     /// Let the first N matches pass
     #[arg(long, value_name = "N")]
     skip: Option<u64>,
-    /// Then fire on each N-th
+    /// Then fire on the first, and on each N-th after it
     #[arg(long, value_name = "N")]
     every: Option<u64>,
     /// Fire at most N times

@@ -3,12 +3,12 @@
 //! Pure: called on the caller's thread with the text of a file. Locks: none. Must never: judge the rules, which is the
 //! server's to do.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// The set of rules in the text of a file, as a body of `PUT /v1/rules`. What the rules say is for the server to check.
 ///
 /// # Errors
-/// Why it is neither TOML nor JSON.
+/// Why it is neither TOML nor JSON, or that there is nothing in it.
 pub fn parse(text: &str) -> Result<Value, String> {
     let document: Value = if text.trim_start().starts_with(['{', '[']) && !text.trim_start().starts_with("[[") {
         // A table header of TOML begins like a list of JSON, and what fails as the one may be the other.
@@ -16,40 +16,19 @@ pub fn parse(text: &str) -> Result<Value, String> {
     } else {
         toml::from_str(text).map_err(|error| error.to_string())?
     };
-    Ok(as_set(document))
+    as_set(document)
 }
 
-fn as_set(document: Value) -> Value {
+fn as_set(document: Value) -> Result<Value, String> {
     match document {
-        Value::Array(rules) => json!({"rules": rules.iter().map(stripped).collect::<Vec<_>>()}),
-        Value::Object(fields) if fields.contains_key("rules") => {
-            let mut fields = fields;
-            fields.remove("cursor");
-            fields.remove("pending");
-            fields.remove("warnings");
-            if let Some(Value::Array(rules)) = fields.get_mut("rules") {
-                *rules = rules.iter().map(stripped).collect();
-            }
-            Value::Object(fields)
+        Value::Array(rules) => Ok(json!({"rules": rules})),
+        // A generator of rules that has failed is not meant to remove them.
+        Value::Object(fields) if fields.is_empty() => {
+            Err("there is nothing in it; `rules = []`, or `rule clear`, removes all rules".into())
         }
-        Value::Object(fields) if fields.is_empty() => json!({"rules": []}),
-        rule => json!({"rules": [stripped(&rule)]}),
+        Value::Object(fields) if fields.contains_key("rules") => Ok(Value::Object(fields)),
+        rule => Ok(json!({"rules": [rule]})),
     }
-}
-
-fn stripped(rule: &Value) -> Value {
-    rule.as_object().map_or_else(|| rule.clone(), definition)
-}
-
-/// What the server adds to a rule; a client that sends a rule back leaves it out.
-const ADDED: [&str; 10] =
-    ["acts_on", "matches", "injections", "created", "state", "cursor", "pending", "warnings", "met", "unfired"];
-
-/// A rule as it was sent, from a rule as it was received.
-pub fn definition(rule: &Map<String, Value>) -> Value {
-    Value::Object(
-        rule.iter().filter(|(key, _)| !ADDED.contains(&key.as_str())).map(|(k, v)| (k.clone(), v.clone())).collect(),
-    )
 }
 
 #[cfg(test)]
@@ -69,15 +48,17 @@ mod tests {
         ] {
             assert_eq!(parse(text).unwrap(), set, "{text}");
         }
-        assert_eq!(parse("").unwrap(), json!({"rules": []}));
         assert_eq!(parse("[fault]\nkind = \"drop\"\n").unwrap(), json!({"rules": [{"fault": {"kind": "drop"}}]}));
     }
 
     #[test]
-    fn a_listing_can_be_applied_again_and_other_unknown_fields_stay_for_the_server_to_refuse() {
-        let listing =
-            "{\"rules\":[{\"name\":\"a\",\"matches\":1,\"state\":\"armed\",\"x\":1}],\"cursor\":\"b-1\",\"y\":2}";
-        assert_eq!(parse(listing).unwrap(), json!({"rules": [{"name": "a", "x": 1}], "y": 2}));
+    fn nothing_is_no_set_and_an_empty_list_is_one() {
+        for nothing in ["", " \n", "# nothing\n", "{}"] {
+            assert!(parse(nothing).unwrap_err().contains("rules = []"), "{nothing:?}");
+        }
+        for none in ["[]", "{\"rules\":[]}", "rules = []\n"] {
+            assert_eq!(parse(none).unwrap(), json!({"rules": []}));
+        }
         assert!(parse("not a rule").is_err());
     }
 }

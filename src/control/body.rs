@@ -3,11 +3,10 @@
 //! Used by the handlers on the control thread.
 
 use axum::body::Body;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::{Map, Value};
 
 use super::problem::Problem;
-use crate::fault;
 use crate::fault::compile::nearest;
 use crate::fault::document;
 
@@ -27,23 +26,14 @@ fn is_too_large(error: &(dyn std::error::Error + 'static)) -> bool {
     error.is::<http_body_util::LengthLimitError>() || error.source().is_some_and(is_too_large)
 }
 
-/// Reads a body as an object; an empty one is `{}`. A list would be taken for the fields in their order.
+/// Reads a body as a document; an empty one is `{}`. What a rule says is for the reader of rules to judge.
 pub async fn read<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     let text = bytes(body).await?;
-    if text.trim_ascii_start().starts_with(b"[") {
-        return Err(fault::Problem::new("#", "a list, where an object is wanted").hint("write {…}").into());
-    }
-    parse(text)
-}
-
-/// Reads a body that may be of any form.
-pub async fn read_any(body: Body) -> Result<Value, Problem> {
-    parse(bytes(body).await?)
-}
-
-fn parse<T: DeserializeOwned>(text: Vec<u8>) -> Result<T, Problem> {
     let text = if text.trim_ascii().is_empty() { b"{}".to_vec() } else { text };
-    Ok(document::from_json(&text)?)
+    if let Err(error) = serde_json::from_slice::<IgnoredAny>(&text) {
+        return Err(Problem::bad_request(format!("the body is not JSON: {error}")));
+    }
+    document::from_json(&text).map_err(Problem::of_body)
 }
 
 /// Reads a query into named values; a name that is not known is refused with the nearest one that is.

@@ -62,7 +62,7 @@ fn duration(name: &str, text: Option<String>) -> Result<Option<Duration>, Proble
     let Some(text) = text else { return Ok(None) };
     let bad = || {
         let problem = fault::Problem::new(format!("#/{name}"), format!("{name}: {text:?} is not a duration"));
-        problem.hint("write \"10ms\", \"3s\" or \"5m\"").into()
+        Problem::of_body(problem.hint("write \"10ms\", \"3s\" or \"5m\""))
     };
     nanoseconds(&text).map(|ns| Some(Duration::from_nanos(ns))).ok_or_else(bad)
 }
@@ -71,7 +71,7 @@ fn size(name: &str, value: &Value) -> Result<u64, Problem> {
     let number = value.as_u64().or_else(|| value.as_str().and_then(bytes));
     let bad = || {
         let problem = fault::Problem::new(format!("#/{name}"), format!("{name}: {value} is not a size"));
-        problem.hint("write \"0\", \"500MiB\" or \"50GB\"").into()
+        Problem::of_body(problem.hint("write \"0\", \"500MiB\" or \"50GB\""))
     };
     number.ok_or_else(bad)
 }
@@ -81,7 +81,7 @@ fn word<T: Copy + Default>(name: &str, given: Option<String>, known: &[(&str, T)
     let found = known.iter().find(|(word, _)| *word == given).map(|(_, value)| *value);
     found.ok_or_else(|| {
         let problem = fault::Problem::new(format!("#/{name}"), format!("{name}: unknown word {given:?}"));
-        problem.nearest(&given, known.iter().map(|(word, _)| *word)).into()
+        Problem::of_body(problem.nearest(&given, known.iter().map(|(word, _)| *word)))
     })
 }
 

@@ -14,7 +14,7 @@ use super::problem::Problem;
 use super::{Answer, Control, Shared, body, document, helper};
 use crate::durability::{Evicted, Original};
 use crate::event::record::rfc3339;
-use crate::fault::compile::path_glob;
+use crate::fault::compile::rooted_glob;
 
 /// As much of the original bytes is shown; all of them are kept.
 const SHOWN: usize = 64;
@@ -27,9 +27,9 @@ struct Wanted {
 }
 
 fn glob(path: Option<&str>) -> Result<Option<GlobMatcher>, Problem> {
-    let compile = |path: &str| match path_glob(path) {
+    let compile = |path: &str| match rooted_glob("#/path", path) {
         Ok(glob) => Ok(glob.compile_matcher()),
-        Err(error) => Err(Problem::bad_request(format!("path: {error}"))),
+        Err(problem) => Err(Problem::of_parameter(problem)),
     };
     path.map(compile).transpose()
 }

@@ -38,7 +38,7 @@ impl From<Refused> for Problem {
         let status = match &refused.kind {
             Kind::Invalid(pointer) => {
                 let problem = fault::Problem::new(pointer, refused.detail);
-                return Problem::from(fault::Problem { hint: refused.hint, ..problem });
+                return Problem::of_body(fault::Problem { hint: refused.hint, ..problem });
             }
             Kind::NotFound => 404,
             Kind::Busy | Kind::Conflict => 409,

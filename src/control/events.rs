@@ -15,16 +15,14 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use futures_util::stream::{self, Stream};
-use globset::GlobMatcher;
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
 use super::problem::Problem;
 use super::{Answer, AnyDaemon, OfAny, Service, body};
 use crate::event::{Cursor, Filter, Read, Record};
-use crate::fault::Op;
-use crate::fault::compile::{name_glob, nearest, path_glob};
-use crate::fault::kind::KINDS;
+use crate::fault;
+use crate::fault::compile::{name_glob, rooted_glob};
 
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// So many events a client looks at in one turn: then others have theirs.
@@ -104,24 +102,6 @@ struct Place {
     looked: u32,
 }
 
-/// The names of events, which `kind` takes as well as the kinds of faults.
-const NAMES: &[&str] = &[
-    "injection",
-    "rule",
-    "mode",
-    "space",
-    "power",
-    "device",
-    "coredump",
-    "gate",
-    "request",
-    "process",
-    "writeback",
-    "gap",
-    "hello",
-    "bye",
-];
-
 const PARAMETERS: &[&str] = &["follow", "since", "rule", "kind", "op", "path", "pid", "limit"];
 
 pub async fn stream(State(service): OfAny, headers: HeaderMap, RawQuery(query): RawQuery) -> Answer {
@@ -165,29 +145,31 @@ fn text<'a>(query: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
 }
 
 fn filter(query: &Map<String, Value>) -> Result<Filter, Problem> {
-    let glob = |name: &str| -> Result<Option<GlobMatcher>, Problem> {
-        let Some(glob) = text(query, name) else { return Ok(None) };
-        let built = if name == "path" { path_glob(glob) } else { name_glob(glob) };
-        let bad = |error: String| Problem::bad_request(format!("{name}: {error}"));
-        Ok(Some(built.map_err(bad)?.compile_matcher()))
-    };
-    let word = |name: &str, known: Vec<&'static str>| match text(query, name) {
-        Some(word) if !known.contains(&word) => {
-            let hint = match nearest(word, known.iter().copied()) {
-                Some(near) => format!("did you mean {near:?}?"),
-                None => format!("one of: {}", known.join(" ")),
-            };
-            Err(Problem::bad_request(format!("{name}: no event has {word:?}")).hint(hint))
-        }
-        word => Ok(word.map(str::to_string)),
-    };
+    let bad = |error: String| Problem::bad_request(format!("rule: {error}"));
+    let rule = text(query, "rule").map(name_glob).transpose().map_err(bad)?;
+    let path =
+        text(query, "path").map(|glob| rooted_glob("#/path", glob)).transpose().map_err(Problem::of_parameter)?;
     Ok(Filter {
-        rule: glob("rule")?,
-        kind: word("kind", KINDS.iter().map(|kind| kind.word).chain(NAMES.iter().copied()).collect())?,
-        op: word("op", Op::ALL.iter().map(|op| op.word()).collect())?,
-        path: glob("path")?,
+        rule: rule.map(|glob| glob.compile_matcher()),
+        kind: word(query, "kind", Filter::kinds())?,
+        op: word(query, "op", Filter::ops())?,
+        path: path.map(|glob| glob.compile_matcher()),
         pid: body::number(query, "pid")?.map(|pid| pid as u32),
     })
+}
+
+/// A word that some event can have.
+fn word(
+    query: &Map<String, Value>,
+    name: &str,
+    known: impl Iterator<Item = &'static str> + Clone,
+) -> Result<Option<String>, Problem> {
+    let Some(word) = text(query, name) else { return Ok(None) };
+    if known.clone().any(|known| known == word) {
+        return Ok(Some(word.to_string()));
+    }
+    let problem = fault::Problem::new(format!("#/{name}"), format!("{name}: no event has {word:?}"));
+    Err(Problem::of_parameter(problem.nearest(word, known)))
 }
 
 fn event(message: Message) -> Event {

@@ -11,6 +11,7 @@ mod coredump;
 mod damage;
 mod devices;
 mod events;
+mod every_route;
 mod marks;
 mod mode;
 mod problem;
@@ -28,10 +29,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{FromRef, Request, State};
-use axum::http::{Method, Uri};
-use axum::middleware::{Next, from_fn};
-use axum::response::Response;
+use axum::extract::{FromRef, State};
+use axum::http::Uri;
 use axum::routing::{get, post};
 use crossbeam_channel::Sender;
 use serde_json::Value;
@@ -189,13 +188,14 @@ pub fn start(
     let waker = service.clone();
     service.ring.set_waker(move || waker.published.notify_waiters());
     let (router, control) = match core {
-        None => (strict(of_machine()).with_state(AnyDaemon(service)), None),
+        None => (of_machine().with_state(AnyDaemon(service)), None),
         Some(core) => {
             let (space, redirection, marks) = Default::default();
             let control = Arc::new(Control { core, service, space, redirection, marks });
-            (strict(of_mount()).with_state(control.clone()), Some(control))
+            (of_mount().with_state(control.clone()), Some(control))
         }
     };
+    let router = router.layer(axum::middleware::from_fn(every_route::keep));
     let stop = Arc::new(Notify::new());
     let stopped = stop.clone();
     let (begun, ready) = mpsc::channel();
@@ -278,30 +278,6 @@ fn of_mount() -> Router<Arc<Control>> {
         .route("/v1/requests", get(requests::list))
 }
 
-/// Refuses, on every route, methods that it does not have, and parameters in the address where nobody would read them, and so do more than was asked for.
-fn strict<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
-    router.method_not_allowed_fallback(unknown_method).route_layer(from_fn(without_stray_parameters))
-}
-
-async fn without_stray_parameters(request: Request, next: Next) -> Result<Response, Problem> {
-    if !reads_parameters(request.method(), request.uri().path()) {
-        body::query(request.uri().query(), &[])?;
-    }
-    Ok(next.run(request).await)
-}
-
-/// Whose handlers look at parameters themselves, and know which there are.
-fn reads_parameters(method: &Method, path: &str) -> bool {
-    let below = |route: &str| path.starts_with(route);
-    match method.as_str() {
-        "GET" => matches!(path, "/v1/events" | "/v1/repair") || (below("/v1/rules/") && path.ends_with("/wait")),
-        "POST" => path == "/v1/reset",
-        "PUT" => below("/v1/coredump/leases/"),
-        "DELETE" => below("/v1/coredump/leases") || below("/v1/devices/"),
-        _ => false,
-    }
-}
-
 async fn unknown_route(uri: Uri) -> Problem {
     let detail = format!("there is no {}", uri.path());
     Problem::new(404, "unknown_route", detail).hint("the routes are in docs/api.md")
@@ -310,10 +286,6 @@ async fn unknown_route(uri: Uri) -> Problem {
 async fn needs_a_mount(State(service): OfAny, uri: Uri) -> Problem {
     let detail = format!("instance {:?} has no mount, and so no {}", service.identity.instance, uri.path());
     Problem::new(404, "unknown_route", detail).hint("nemesisfs mount BACKING MOUNTPOINT")
-}
-
-async fn unknown_method(method: Method, uri: Uri) -> Problem {
-    Problem::new(405, "method_not_allowed", format!("{} takes no {method}", uri.path()))
 }
 
 impl Service {

@@ -89,6 +89,11 @@ pub async fn set(State(control): Shared, body: Body) -> Answer {
     if cycle.is_some_and(|cycle| cycle < SHORTEST_CYCLE_NS) {
         return Err(Problem::new("#/down", "down: up and down together are shorter than 20ms").into());
     }
+    for (name, given) in [("for", &life.lasts), ("down", &life.down)] {
+        if given.as_ref().is_some_and(|(_, ns)| *ns == 0) {
+            return Err(Problem::new(format!("#/{name}"), format!("{name}: no time at all would never act")).into());
+        }
+    }
     let cursor = control.cursor();
     let fills = Fills::mount_if(wanted.redirect_coredumps);
     let set = async { Ok(control.set_mode(mode, life).await) };

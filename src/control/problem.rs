@@ -39,6 +39,17 @@ impl Problem {
         Problem::new(400, "bad_request", detail)
     }
 
+    /// What is wrong with a parameter, which has no place in a document.
+    pub fn of_parameter(problem: fault::Problem) -> Problem {
+        let refused = Problem::bad_request(problem.detail);
+        problem.hint.into_iter().fold(refused, Problem::hint)
+    }
+
+    /// What is wrong with a body that is no rule.
+    pub fn of_body(problem: fault::Problem) -> Problem {
+        Problem { code: "bad_request", ..problem.into() }
+    }
+
     pub fn no_rule(name: &str) -> Problem {
         Problem::new(404, "not_found", format!("there is no rule {name:?}")).hint("nemesisfs rule list")
     }

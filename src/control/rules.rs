@@ -18,7 +18,7 @@ use super::redirect::Fills;
 use super::{Answer, Control, Shared, body, document, events};
 use crate::event::{Body as Event, Cursor, Read, Record, record::rfc3339};
 use crate::fault::compile::nanoseconds;
-use crate::fault::document::{from_value, rule as rule_of, rules as rules_of};
+use crate::fault::document::{rule as rule_of, rules as rules_of};
 use crate::fault::{Rule, RuleSpec, why};
 use crate::fs::Ended;
 
@@ -80,7 +80,7 @@ pub async fn list(State(control): Shared) -> Answer {
 }
 
 pub async fn replace(State(control): Shared, body: Body) -> Answer {
-    let specs = rules_of(body::read_any(body).await?)?;
+    let specs = rules_of(body::read(body).await?)?;
     let cursor = control.cursor();
     let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
     let fills = Fills::mount_if(specs.iter().any(|spec| spec.redirect_coredumps && spec.enabled));
@@ -110,7 +110,7 @@ pub async fn show(State(control): Shared, Path(name): Path<String>) -> Answer {
 }
 
 pub async fn put(State(control): Shared, Path(name): Path<String>, body: Body) -> Answer {
-    let mut spec: RuleSpec = rule_of(body::read_any(body).await?)?;
+    let mut spec: RuleSpec = rule_of(body::read(body).await?)?;
     if !spec.name.is_empty() && spec.name != name {
         let detail = format!("name: {:?} is not the {name:?} of the address", spec.name);
         return Err(crate::fault::Problem::new("#/name", detail).into());
@@ -121,11 +121,11 @@ pub async fn put(State(control): Shared, Path(name): Path<String>, body: Body) -
 
 /// RFC 7396: what is null goes, what is an object is merged, all else replaces.
 pub async fn patch(State(control): Shared, Path(name): Path<String>, body: Body) -> Answer {
-    let patch = body::read_any(body).await?;
+    let patch = body::read(body).await?;
     let rule = control.rule(&name)?;
     let mut value = serde_json::to_value(&rule.spec).unwrap_or_default();
     merge(&mut value, patch);
-    let spec: RuleSpec = from_value(value)?;
+    let spec: RuleSpec = rule_of(value)?;
     if spec.name != name {
         return Err(crate::fault::Problem::new("#/name", "name: a rule keeps its name").into());
     }
@@ -161,9 +161,11 @@ pub async fn remove(State(control): Shared, Path(name): Path<String>) -> Answer 
     if changed.released.is_empty() {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    control.in_force(changed).await;
+    let in_force = control.in_force(changed).await;
     control.ring().change("rule", json!({"rule": name, "action": "removed"}));
-    Ok(document(200, &json!({"removed": [name], "cursor": cursor})))
+    let mut answer = json!({"removed": [name], "cursor": cursor});
+    in_force.tell(&mut answer);
+    Ok(document(200, &answer))
 }
 
 #[derive(Deserialize)]
@@ -203,7 +205,7 @@ pub async fn wait(State(control): Shared, Path(name): Path<String>, RawQuery(que
     let since = query.get("since").and_then(Value::as_str).map(|id| control.after(id)).transpose()?;
     let injections = body::number(&query, "injections")?.unwrap_or(1);
     if injections == 0 {
-        return Err(Problem::bad_request("injections: 0 of them need no waiting").hint("at least 1"));
+        return Err(Problem::bad_request("injections: 0 are no firing to wait for").hint("1, or leave it out"));
     }
     let wanted = Wanted { injections, since };
     let limit = match query.get("for").and_then(Value::as_str) {

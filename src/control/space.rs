@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 use super::redirect::Fills;
 use super::{Answer, Control, FORGET_LIMIT, Shared, body, document, helper};
 use crate::fault::Problem;
-use crate::fault::compile::{bytes, nanoseconds, path_glob};
+use crate::fault::compile::{bytes, nanoseconds, rooted_glob};
+use crate::fault::document::from_value;
 use crate::fs::usage::{self, Reserve, Size};
 use crate::fs::{Core, usage::Wanted as Limits};
 use crate::space::ballast::{Failure, Status, Target};
@@ -115,7 +116,7 @@ struct WantedBallast {
 
 /// A number of bytes, as a number or with its unit.
 #[derive(Clone, Deserialize, Serialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "not a size: write 4096, \"4KiB\" or \"10GiB\"")]
 enum Amount {
     Bytes(u64),
     Text(String),
@@ -144,7 +145,7 @@ fn given_list<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<WantedQuo
         Value::Array(list) => list,
         one => vec![one],
     };
-    let read = |value| serde_json::from_value(value).map_err(serde::de::Error::custom);
+    let read = |value| from_value(value).map_err(|problem| serde::de::Error::custom(problem.detail));
     list.into_iter().map(read).collect::<Result<_, _>>().map(Some)
 }
 
@@ -198,11 +199,8 @@ fn quotas(wanted: &[WantedQuota]) -> Result<Quotas, Problem> {
     let one = |(i, quota): (usize, &WantedQuota)| {
         let limit = quota.limit.bytes(&format!("#/quota/{i}/limit"))?;
         // What is for all paths asks for none.
-        let path = quota.path.as_deref().filter(|path| *path != "/**").map(|path| {
-            path_glob(path)
-                .map(|glob| glob.compile_matcher())
-                .map_err(|error| Problem::new(format!("#/quota/{i}/path"), format!("quota.path {path:?}: {error}")))
-        });
+        let path = quota.path.as_deref().filter(|path| *path != "/**");
+        let path = path.map(|path| rooted_glob(&format!("#/quota/{i}/path"), path).map(|glob| glob.compile_matcher()));
         Ok(Quota::new(limit, quota.uid, path.transpose()?))
     };
     Ok(Quotas::new(wanted.iter().enumerate().map(one).collect::<Result<_, Problem>>()?))

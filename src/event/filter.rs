@@ -6,6 +6,11 @@
 use globset::GlobMatcher;
 
 use super::record::{Body, Record};
+use crate::fault::Op;
+use crate::fault::kind::KINDS;
+
+/// The events that are in the ring.
+pub const NAMES: &[&str] = &["injection", "rule", "mode", "space", "device", "coredump", "request", "bye"];
 
 /// All conditions that are given must hold.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +26,16 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// The words that `kind` can be met by.
+    pub fn kinds() -> impl Iterator<Item = &'static str> + Clone {
+        NAMES.iter().copied().chain(KINDS.iter().filter(|kind| kind.built).map(|kind| kind.word))
+    }
+
+    /// The words that `op` can be met by.
+    pub fn ops() -> impl Iterator<Item = &'static str> + Clone {
+        Op::arriving().map(Op::word)
+    }
+
     /// Does the client want it? `gap` and `hello` are not records and are always sent.
     pub fn wants(&self, record: &Record) -> bool {
         match &record.body {

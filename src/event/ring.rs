@@ -14,6 +14,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
 
+use super::filter::NAMES;
 use super::record::{Body, Change, Injection, Record};
 
 /// Events that are kept. A record is about 250 bytes, so this is 4 MiB at most, and only as it fills.
@@ -85,6 +86,7 @@ impl Ring {
 
     /// A change of state.
     pub fn change(&self, event: &'static str, detail: Value) -> u64 {
+        debug_assert!(NAMES.contains(&event), "clients cannot ask for {event:?}");
         let detail = match detail {
             Value::Object(detail) => detail,
             other => Map::from_iter([("detail".to_string(), other)]),

@@ -17,7 +17,7 @@ use super::op::OpSet;
 use super::plan::{Counters, Place, Rule};
 use super::spec::RuleSpec;
 
-pub use places::{name_glob, path_glob};
+pub use places::{name_glob, path_glob, rooted_glob};
 pub use triggers::SHORTEST_CYCLE_NS;
 
 /// Names that clients cannot take.
@@ -87,10 +87,13 @@ pub fn compile(spec: RuleSpec, defaults: Defaults) -> Result<Rule, Vec<Problem>>
     let place = check.place(&spec.r#match);
     let (trigger, life_ns) = check.trigger(&spec.name, &spec.trigger, defaults.seed);
     let terms = check.terms(&spec.fault, &spec.r#match.ops);
+    let ops = terms.iter().map(|term| term.ops).fold(OpSet::default(), OpSet::with);
+    if !ops.is_empty() {
+        check.can_be_met(&spec.r#match, ops);
+    }
     if !check.0.is_empty() {
         return Err(check.0);
     }
-    let ops = terms.iter().map(|term| term.ops).fold(OpSet::default(), OpSet::with);
     Ok(Rule {
         name: spec.name.as_str().into(),
         place: Place { ops, ..place },
@@ -163,7 +166,16 @@ pub(super) fn escaped(name: &str) -> String {
     name.replace('~', "~0").replace('/', "~1")
 }
 
-/// `#/match/ops` as people write it: `match.ops`.
-fn words(pointer: &str) -> String {
-    pointer.trim_start_matches("#/").replace('/', ".")
+/// `#/match/ops/0` as people write it: `match.ops[0]`.
+pub(super) fn words(pointer: &str) -> String {
+    let mut words = String::new();
+    for part in pointer.trim_start_matches('#').split('/').skip(1) {
+        let part = part.replace("~1", "/").replace("~0", "~");
+        match part.parse::<usize>() {
+            Ok(number) => words += &format!("[{number}]"),
+            Err(_) if words.is_empty() => words += &part,
+            Err(_) => words += &format!(".{part}"),
+        }
+    }
+    words
 }

@@ -17,6 +17,7 @@ pub mod plan;
 #[cfg(test)]
 mod properties;
 pub mod spec;
+mod strict;
 pub mod term;
 pub mod why;
 

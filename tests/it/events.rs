@@ -242,6 +242,33 @@ fn waiting_tells_of_this_rule_and_not_of_another_that_had_its_name() {
 }
 
 #[test]
+fn a_mode_that_has_fired_can_be_waited_for_when_its_time_is_over() {
+    let mounted = Mounted::new();
+    let wait = || mounted.http("GET", "/v1/rules/mode/wait?for=100ms", None);
+    assert_eq!(wait().status, 404, "no mode was set");
+    mounted.cli(&["mode", "error_writes", "--for", "300ms"]);
+    File::create(mounted.path("f")).unwrap().write_at(b"x", 0).unwrap_err();
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(mounted.http("GET", "/v1/mode", None).body["mode"], "allow_writes");
+    let answer = wait();
+    assert_eq!((&answer.body["fired"], &answer.body["event"]["rule"]), (&json!(true), &json!("mode")), "{answer:?}");
+    mounted.cli(&["mode", "error_reads", "--for", "50ms"]);
+    std::thread::sleep(Duration::from_millis(150));
+    assert_eq!(wait().body, json!({"fired": false, "matches": 0, "state": "expired"}), "each mode by itself");
+    mounted.cli(&["mode", "allow_writes"]);
+    assert_eq!(wait().status, 404, "it was taken away");
+    mounted.end();
+}
+
+#[test]
+fn no_firing_at_all_cannot_be_waited_for() {
+    let mounted = armed();
+    assert_eq!(mounted.http("GET", "/v1/rules/eio/wait?injections=0", None).status, 400);
+    assert_eq!(mounted.try_cli(&["rule", "wait", "eio", "--injections", "0"]).code, 2);
+    mounted.end();
+}
+
+#[test]
 fn waiting_from_a_place_that_the_ring_has_lost_misses_no_firing() {
     let mounted = armed();
     inject(&mounted, 5);

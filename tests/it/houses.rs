@@ -31,7 +31,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("host", &["sys", "fault", "durability", "event", "space", "fs"]),
     ("control", &["sys", "fault", "durability", "event", "space", "fs", "host"]),
     ("client", &["sys"]),
-    ("cli", &["sys", "client", "daemon", "host"]),
+    ("cli", &["sys", "fault", "client", "daemon", "host"]),
 ];
 
 #[test]

@@ -26,7 +26,7 @@ fn triggers_count_exactly() {
         (json!({"skip": 7}), vec![8, 9, 10]),
         (json!({"every": 4}), vec![1, 5, 9]),
         (json!({"skip": 2, "every": 3, "times": 2}), vec![3, 6]),
-        (json!({"probability": 0.0}), vec![]),
+        (json!({"every": 3}), vec![1, 4, 7, 10]),
     ];
     for (i, (trigger, expected)) in cases.into_iter().enumerate() {
         let name = format!("r{i}");
@@ -241,6 +241,42 @@ fn modes_do_what_they_say() {
         assert!(mounted.cli(&["mode"]).contains(mode));
         mounted.cli(&["mode", "allow_writes"]);
     }
+    mounted.end();
+}
+
+#[test]
+fn the_answer_to_a_removal_has_the_place_on_the_stream_before_it() {
+    let mounted = Mounted::new();
+    mounted.rule("a", error_on_write(json!({})));
+    failures(&mounted, 1);
+    let answer = mounted.http("DELETE", "/v1/rules/a", None);
+    assert_eq!((answer.status, &answer.body["removed"]), (200, &json!(["a"])), "{answer:?}");
+    assert_eq!((&answer.body["pending"], &answer.body["warnings"]), (&json!([]), &json!([])), "{answer:?}");
+    let cursor = answer.body["cursor"].as_str().unwrap();
+    let printed = mounted.cli(&["events", "--since", cursor, "--json"]);
+    let events: Vec<Value> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let said: Vec<&Value> =
+        events.iter().filter(|event| event["event"] != "hello").map(|event| &event["action"]).collect();
+    assert_eq!(said, [&json!("removed")], "{events:?}");
+    mounted.rule("b", error_on_write(json!({})));
+    let said: Value = serde_json::from_str(&mounted.cli(&["rule", "rm", "b", "--json"])).unwrap();
+    assert!(said["cursor"].is_string(), "{said}");
+    mounted.end();
+}
+
+#[test]
+fn enabling_a_rule_whose_life_is_over_says_so() {
+    let mounted = Mounted::new();
+    mounted.rule("once", error_on_write(json!({"times": 1})));
+    failures(&mounted, 1);
+    assert!(mounted.cli(&["rule", "enable", "once"]).contains("enabled, but exhausted: "));
+    mounted.rule("short", error_on_write(json!({"for": "10ms"})));
+    mounted.cli(&["rule", "disable", "short"]);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(mounted.cli(&["rule", "enable", "short"]).contains("enabled, but expired: "));
+    mounted.rule("long", error_on_write(json!({})));
+    assert!(mounted.cli(&["rule", "disable", "long"]).contains("long disabled: "));
+    assert!(mounted.cli(&["rule", "enable", "long"]).contains("long enabled: "));
     mounted.end();
 }
 

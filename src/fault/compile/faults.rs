@@ -6,9 +6,9 @@ use super::kinds::{Reader, pointer};
 use super::{Check, Problem, escaped};
 use crate::fault::errno;
 use crate::fault::kind::{Errors, Fault, KINDS, Kind, Then};
-use crate::fault::op::{Op, OpSet};
+use crate::fault::op::{DIRECT, Op, OpSet, RANGED};
 use crate::fault::plan::Term;
-use crate::fault::spec::FaultSpec;
+use crate::fault::spec::{FaultSpec, MatchSpec};
 use crate::fault::term;
 
 impl Check {
@@ -16,7 +16,7 @@ impl Check {
     pub(super) fn terms(&mut self, spec: &FaultSpec, ops: &[String]) -> Vec<Term> {
         self.known_ops(ops);
         let parsed = match spec {
-            FaultSpec::Kind { .. } => vec![term::Term { chance: 1.0, limit: None, fault: Some(spec.clone()) }],
+            FaultSpec::Kind { .. } => vec![term::Term::certain(spec.clone())],
             FaultSpec::Terms(text) => match term::parse(text) {
                 Ok(terms) => terms,
                 Err(problem) => {
@@ -44,11 +44,48 @@ impl Check {
         let acting = compiled.iter().filter(|term| term.fault.is_some()).map(|term| term.ops);
         let acting = acting.fold(OpSet::default(), OpSet::with);
         compiled.iter_mut().filter(|term| term.fault.is_none()).for_each(|term| term.ops = acting);
+        if self.0.is_empty() {
+            self.all_can_act(&parsed, &compiled);
+        }
         compiled
+    }
+
+    /// A term behind one that acts on each of its requests never does.
+    fn all_can_act(&mut self, parsed: &[term::Term], compiled: &[Term]) {
+        let mut taken = OpSet::default();
+        for (term, compiled) in parsed.iter().zip(compiled) {
+            if taken.covers(compiled.ops) {
+                let detail = format!("fault: the term {:?} can never act: what comes before it always does", term.text);
+                let hint = "give the terms before it a chance or a count: \"20%3*return(EIO)->sleep(10ms)\"";
+                self.found(Problem::new("#/fault", detail).hint(hint));
+            }
+            if compiled.chance >= 1.0 && compiled.limit.is_none() && !depends_on_the_request(compiled.fault.as_ref()) {
+                taken = taken.with(compiled.ops);
+            }
+        }
+    }
+
+    /// Conditions that no request of these operations can meet.
+    pub(super) fn can_be_met(&mut self, spec: &MatchSpec, ops: OpSet) {
+        let conditions = [
+            ("offset", spec.offset.is_some(), RANGED),
+            ("length", spec.length.is_some(), RANGED),
+            ("direct", spec.direct.is_some(), DIRECT),
+        ];
+        for (name, _, able) in conditions.into_iter().filter(|(_, is, able)| *is && ops.within(*able).is_empty()) {
+            let detail = format!("match.{name}: no request of {} can meet it", ops.names().join(" "));
+            let hint = format!("those of {} can", able.names().join(" "));
+            self.found(Problem::new(format!("#/match/{name}"), detail).hint(hint));
+        }
     }
 
     fn known_ops(&mut self, ops: &[String]) {
         for (i, word) in ops.iter().enumerate().filter(|(_, word)| OpSet::parse(word).is_none()) {
+            if let Some(reason) = Op::why_never(word) {
+                let detail = format!("match.ops[{i}]: {word:?} never arrives: {reason}");
+                self.found(Problem::new(format!("#/match/ops/{i}"), detail));
+                continue;
+            }
             let detail = format!("match.ops[{i}]: unknown operation {word:?}");
             let known = OpSet::words().collect::<Vec<_>>();
             self.found(Problem::new(format!("#/match/ops/{i}"), detail).nearest(word, known.into_iter()));
@@ -101,6 +138,14 @@ impl Check {
         let able = read.able(&fault);
         Some((fault, kind, able))
     }
+}
+
+/// Does it leave some requests of its operations as they are?
+fn depends_on_the_request(fault: Option<&Fault>) -> bool {
+    matches!(
+        fault,
+        Some(Fault::Short(_) | Fault::Torn { .. } | Fault::Corrupt(_) | Fault::Misdirect(_) | Fault::BadSectors(_))
+    )
 }
 
 fn unable(i: usize, word: &str, able: OpSet, fault: &Fault) -> Problem {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::values::{
     byte, id, kept, part, perm, real, signed, size_amount, texts, time_amount, weight_of, weight_of_text, whole,
 };
-use super::{Check, Problem, nearest};
+use super::{Check, Problem, nearest, words};
 use crate::fault::corrupt::{Corrupt, Mode};
 use crate::fault::errno::{self, Refused};
 use crate::fault::kind::{
@@ -51,7 +51,7 @@ impl Reader<'_> {
     }
 
     fn found(&mut self, name: &str, what: &str, hint: &str) {
-        let problem = Problem::new(pointer(name), format!("fault.{name}: {what}"));
+        let problem = Problem::new(pointer(name), format!("{}: {what}", words(&pointer(name))));
         self.check.found(if hint.is_empty() { problem } else { problem.hint(hint) });
     }
 
@@ -156,8 +156,8 @@ impl Reader<'_> {
         let detail = match errno::parse(&text) {
             Ok(errno) => return Some(errno),
             Err(Refused::Unknown) => {
-                let problem =
-                    Problem::new(pointer(name), format!("fault.{}: unknown error {text:?}", name.replace('/', ".")));
+                let detail = format!("{}: unknown error {text:?}", words(&pointer(name)));
+                let problem = Problem::new(pointer(name), detail);
                 self.check.found(problem.nearest(&text, errno::names().filter(|name| *name != "ENOSYS")));
                 return None;
             }
@@ -354,6 +354,9 @@ impl Reader<'_> {
         let jitter_ns = self.duration("jitter").unwrap_or(0);
         let usual = if self.has("jitter") { Distribution::Uniform } else { Distribution::Fixed };
         let distribution = self.word("distribution", Distribution::WORDS, usual);
+        if self.has("jitter") && matches!(distribution, Distribution::Fixed | Distribution::Exponential) {
+            self.found("jitter", "this distribution has none", "\"uniform\" and \"normal\" have one");
+        }
         Some(Latency { delay_ns: delay_ns?, jitter_ns, distribution })
     }
 

@@ -4,7 +4,7 @@
 
 use globset::{Glob, GlobBuilder, GlobMatcher};
 
-use super::{Check, Problem};
+use super::{Check, Problem, words};
 use crate::fault::op::FileType;
 use crate::fault::plan::Place;
 use crate::fault::spec::MatchSpec;
@@ -25,6 +25,23 @@ const MOST_BRACES: usize = 32;
 /// Why it is none.
 pub fn path_glob(glob: &str) -> Result<Glob, String> {
     built(glob, true)
+}
+
+/// A glob over paths below the mountpoint, at a place of a document, which must begin where paths do.
+///
+/// # Errors
+/// Why it is none, or can match nothing, and what was meant.
+pub fn rooted_glob(pointer: &str, glob: &str) -> Result<Glob, Problem> {
+    let name = words(pointer);
+    if !glob.starts_with('/') {
+        let problem = Problem::new(pointer, format!("{name}: {glob:?} does not start with \"/\", the mountpoint"));
+        let rooted = format!("/{glob}");
+        return Err(match path_glob(&rooted) {
+            Ok(_) => problem.hint(format!("did you mean \"{rooted}\"?")),
+            Err(_) => problem,
+        });
+    }
+    path_glob(glob).map_err(|error| Problem::new(pointer, format!("{name}: {error}")))
 }
 
 /// A glob over names, in which a slash is nothing special.
@@ -65,20 +82,10 @@ impl Check {
     }
 
     fn path(&mut self, path: &str) -> Option<GlobMatcher> {
-        if !path.starts_with('/') {
-            let detail = format!("match.path: {path:?} does not start with \"/\", the mountpoint");
-            let problem = Problem::new("#/match/path", detail);
-            let rooted = format!("/{path}");
-            self.found(match path_glob(&rooted) {
-                Ok(_) => problem.hint(format!("did you mean \"{rooted}\"?")),
-                Err(_) => problem,
-            });
-            return None;
-        }
-        match path_glob(path) {
+        match rooted_glob("#/match/path", path) {
             Ok(glob) => Some(glob.compile_matcher()),
-            Err(error) => {
-                self.found(Problem::new("#/match/path", format!("match.path: {error}")));
+            Err(problem) => {
+                self.found(problem);
                 None
             }
         }

@@ -17,6 +17,9 @@ impl Check {
         if !(0.0..=1.0).contains(&spec.probability) {
             let detail = format!("trigger.probability: {} is not between 0 and 1", spec.probability);
             self.found(Problem::new("#/trigger/probability", detail));
+        } else if spec.probability == 0.0 {
+            let detail = "trigger.probability: 0 would never fire";
+            self.found(Problem::new("#/trigger/probability", detail).hint("1 fires on each match"));
         }
         if spec.every == 0 {
             let detail = "trigger.every: 0 would never fire";
@@ -30,6 +33,9 @@ impl Check {
             self.found(Problem::new("#/trigger/after_rule", detail));
         }
         let life = spec.r#for.as_deref().and_then(|text| self.duration("#/trigger/for", text));
+        if life == Some(0) {
+            self.found(Problem::new("#/trigger/for", "trigger.for: no time would never fire").hint("null has no end"));
+        }
         let trigger = Trigger {
             probability: spec.probability,
             skip: spec.skip,

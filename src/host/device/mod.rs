@@ -102,7 +102,7 @@ impl Refused {
     /// Its word in the API.
     pub fn code(&self) -> &'static str {
         match self.kind {
-            Kind::Invalid(_) => "rule_invalid",
+            Kind::Invalid(_) => "bad_request",
             Kind::NotFound => "not_found",
             Kind::Busy => "busy",
             Kind::Conflict => "conflict",
