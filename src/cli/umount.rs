@@ -154,8 +154,11 @@ fn end_living(world: &World, instance: &Instance, args: &UmountArgs, mountpoint:
             Some(said) => return Ok(said),
             None => has_ended_within(instance, limit),
         },
-        // It may have ended before its answer was on its way.
-        Err(error) if error.exit == exit::NO_INSTANCE && has_ended_within(instance, Duration::from_secs(1)) => true,
+        // It may have ended before its answer was on its way, or have been dying when it was found: then it has left its mount.
+        Err(error) if error.exit == exit::NO_INSTANCE && has_ended_within(instance, Duration::from_secs(1)) => {
+            detach_if_there(instance, mountpoint)?;
+            true
+        }
         Err(error) if error.exit == exit::NO_INSTANCE && args.force => false,
         Err(error) if error.exit == exit::NO_INSTANCE && !instance.state.socket.exists() => {
             unmount_untold(instance, mountpoint, args.lazy)?;

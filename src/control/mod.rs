@@ -37,7 +37,7 @@ use serde_json::Value;
 use tokio::sync::Notify;
 
 use crate::event::{Cursor, Ring};
-use crate::fault::Rule;
+use crate::fault::{Op, Rule};
 use crate::fs::mount::{Holder, How};
 use crate::fs::{Changed, Core, Ended, kernel_cache};
 use crate::host::Machine;
@@ -317,13 +317,11 @@ impl Control {
     /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
     /// forgets what could hide the new ones.
     async fn in_force(self: &Arc<Self>, changed: Changed) -> InForce {
-        let mut warnings = match self.core.passthrough.is_some() {
-            false => Vec::new(),
-            true => {
-                let (core, armed) = (self.core.clone(), changed.armed.clone());
-                helper(move || warnings(&core, &armed)).await.unwrap_or_default()
-            }
-        };
+        let mut warnings: Vec<String> = changed.armed.iter().filter_map(|rule| never_met(rule)).collect();
+        if self.core.passthrough.is_some() {
+            let (core, armed) = (self.core.clone(), changed.armed.clone());
+            warnings.extend(helper(move || unreached(&core, &armed)).await.unwrap_or_default());
+        }
         let pending = self.make_forget(changed).await;
         warnings.extend(self.give_coredumps_back().await);
         InForce { pending, warnings }
@@ -346,8 +344,15 @@ impl Control {
     }
 }
 
+/// Does a rule name an operation that never arrives?
+fn never_met(rule: &Rule) -> Option<String> {
+    let mut words = rule.spec.r#match.ops.iter();
+    let (word, reason) = words.find_map(|word| Some((word, Op::why_never(word)?)))?;
+    Some(format!("rule {:?}: {word:?} never arrives: {reason}", rule.name))
+}
+
 /// What new rules cannot reach: of the files that were opened before, on a helper thread.
-fn warnings(core: &Core, armed: &[Arc<Rule>]) -> Vec<String> {
+fn unreached(core: &Core, armed: &[Arc<Rule>]) -> Vec<String> {
     core.readers.wait(FORGET_LIMIT);
     armed.iter().filter_map(|rule| warning(core, rule)).collect()
 }

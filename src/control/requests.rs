@@ -2,12 +2,14 @@
 //!
 //! On the control thread; reads procfs for the names of the callers.
 
+use std::sync::Arc;
+
 use axum::extract::State;
 use serde_json::{Value, json};
 
 use super::{Answer, Shared, document};
 use crate::fs::park::Parked;
-use crate::fs::process;
+use crate::fs::{Core, process};
 
 /// More would be a document that nobody reads; the count is in `total`.
 const MOST: usize = 1000;
@@ -19,27 +21,21 @@ pub async fn list(State(control): Shared) -> Answer {
     control.core.parking.each(|id, parked| {
         total += 1;
         if requests.len() < MOST {
-            requests.push((parked.pending.caller.tid, describe(id, parked, now)));
+            requests.push((parked.pending.caller.tid, describe(&control.core, id, parked, now)));
         }
     });
     // Names are looked up after the table has been left alone again.
     let requests: Vec<Value> = requests.into_iter().map(|(tid, value)| with_process(value, tid)).collect();
-    let version = control.core.tree.version();
-    let named = requests.into_iter().map(|mut value| {
-        let ino = value["ino"].as_u64().unwrap_or_default();
-        let path = control.core.tree.get(ino).ok().map(|inode| inode.path(version));
-        value["path"] = path.map(|path| String::from_utf8_lossy(&path).into_owned()).into();
-        value
-    });
-    let requests: Vec<Value> = named.collect();
     Ok(document(200, &json!({"requests": requests, "total": total, "cursor": control.cursor()})))
 }
 
-fn describe(id: u64, parked: &Parked, now: u64) -> Value {
+fn describe(core: &Core, id: u64, parked: &Parked, now: u64) -> Value {
+    let text = |path: Option<Arc<[u8]>>| path.map(|path| String::from_utf8_lossy(&path).into_owned());
+    let [path, to] = core.paths_of(parked).map(text);
     let (caller, call) = (&parked.pending.caller, &parked.pending.call);
     let range = call.range();
     json!({
-        "id": id, "op": call.op().word(), "path": null, "ino": call.ino(), "pid": null, "tid": caller.tid,
+        "id": id, "op": call.op().word(), "path": path, "to": to, "ino": call.ino(), "pid": null, "tid": caller.tid,
         "uid": caller.uid, "comm": null, "offset": range.map(|(offset, _)| offset),
         "length": range.map(|(_, length)| length), "state": if parked.stalled { "stalled" } else { "delayed" },
         "rule": parked.rules.first().map(|rule| rule.name.to_string()),

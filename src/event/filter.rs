@@ -33,7 +33,7 @@ impl Filter {
 
     /// The words that `op` can be met by.
     pub fn ops() -> impl Iterator<Item = &'static str> + Clone {
-        Op::arriving().map(Op::word)
+        Op::ALL.iter().map(|op| op.word())
     }
 
     /// Does the client want it? `gap` and `hello` are not records and are always sent.

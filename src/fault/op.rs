@@ -34,11 +34,6 @@ operations! {
 }
 
 impl Op {
-    /// Every operation that the kernel sends on a mount of ours.
-    pub fn arriving() -> impl Iterator<Item = Op> + Clone {
-        Op::ALL.iter().copied().filter(|op| OpSet::all().has(*op))
-    }
-
     /// Why no request of this name ever comes; nothing of one that does, or that nobody knows.
     pub fn why_never(word: &str) -> Option<&'static str> {
         match word {
@@ -80,10 +75,8 @@ impl OpSet {
         OpSet { always: 0, on_condition: OpSet::of(ops).always }
     }
 
-    /// All that ever arrive: permissions are checked by the kernel itself (`default_permissions`).
     pub const fn all() -> OpSet {
-        let every = OpSet::of(Op::ALL).always;
-        OpSet { always: every & !OpSet::of(&[Op::Access]).always, on_condition: 0 }
+        OpSet::of(Op::ALL)
     }
 
     pub const fn with(self, other: OpSet) -> OpSet {
@@ -117,11 +110,6 @@ impl OpSet {
         self.always | self.on_condition == 0
     }
 
-    /// Is all of the other set in this one, whatever the conditions?
-    pub const fn covers(self, other: OpSet) -> bool {
-        other.always & !self.always == 0 && other.on_condition & !(self.always | self.on_condition) == 0
-    }
-
     /// Could a request of this operation be meant, conditions left open?
     pub const fn may_concern(self, op: Op) -> bool {
         self.has(op) || self.has_on_condition(op)
@@ -137,7 +125,7 @@ impl OpSet {
 
     /// The single operation that a word names, if it is no group or condition.
     pub fn single(word: &str) -> Option<Op> {
-        Op::arriving().find(|op| op.word() == word)
+        Op::ALL.iter().copied().find(|op| op.word() == word)
     }
 
     /// The operations and conditions of the set, by their words; `*` for all operations.
@@ -153,7 +141,7 @@ impl OpSet {
 
     /// All words that [`OpSet::parse`] knows.
     pub fn words() -> impl Iterator<Item = &'static str> {
-        Op::arriving().map(Op::word).chain(GROUPS.iter().map(|(name, _)| *name))
+        Op::ALL.iter().map(|op| op.word()).chain(GROUPS.iter().map(|(name, _)| *name))
     }
 }
 
@@ -225,6 +213,7 @@ const GROUPS: &[(&str, OpSet)] = &[
             Op::Getxattr,
             Op::Listxattr,
             Op::Removexattr,
+            Op::Access,
         ])
         .with(NAMES),
     ),
@@ -253,13 +242,5 @@ mod tests {
         assert!(grow.may_concern(Op::Write) && !grow.may_concern(Op::Read) && !grow.has(Op::Write));
         let truncate = OpSet::parse("truncate").unwrap();
         assert!(truncate.may_concern(Op::Setattr) && !truncate.may_concern(Op::Write));
-    }
-    #[test]
-    fn what_never_arrives_is_in_no_word() {
-        for word in OpSet::words() {
-            assert!(!OpSet::parse(word).unwrap().may_concern(Op::Access), "{word}");
-        }
-        assert_eq!(OpSet::parse("access"), None);
-        assert!(Op::why_never("access").is_some() && Op::why_never("write").is_none());
     }
 }

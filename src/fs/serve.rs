@@ -488,6 +488,12 @@ impl Core {
         }
     }
 
+    /// The paths that a parked request is about, as an injection would tell them.
+    pub fn paths_of(&self, parked: &Parked) -> [Option<Arc<[u8]>>; 2] {
+        let Pending { caller, call, .. } = &parked.pending;
+        Request::new(self, caller, call).paths(parked.rules.first().map(|rule| &**rule))
+    }
+
     /// Does a request for this file wait?
     pub fn is_parked(&self, ino: u64) -> bool {
         let mut parked = false;

@@ -378,7 +378,7 @@ fn an_eviction_on_a_full_disk_gives_back_what_was_there() {
 }
 
 #[test]
-fn a_reset_tells_how_many_requests_it_lets_go() {
+fn a_reset_tells_how_many_requests_it_lets_go_which_are_listed_by_their_names_before() {
     let mounted = Mounted::new();
     let dirs: Vec<_> = (0..3).map(|i| mounted.path(&format!("d{i}"))).collect();
     dirs.iter().for_each(|dir| fs::create_dir(dir).unwrap());
@@ -386,6 +386,10 @@ fn a_reset_tells_how_many_requests_it_lets_go() {
     std::thread::scope(|scope| {
         dirs.iter().for_each(|dir| drop(scope.spawn(|| fs::create_dir(dir.join("new")).unwrap())));
         eventually("all are parked", || mounted.health("parked") == 3);
+        let listed = mounted.http("GET", "/v1/requests", None).body;
+        let mut paths: Vec<_> = listed["requests"].as_array().unwrap().iter().map(|one| one["path"].clone()).collect();
+        paths.sort_by_key(Value::to_string);
+        assert_eq!(paths, ["/d0/new", "/d1/new", "/d2/new"]);
         assert_eq!(mounted.http("POST", "/v1/reset", Some(&json!({}))).body["released"], 3);
     });
     assert_eq!(counted(&mounted, "r").len(), 3);

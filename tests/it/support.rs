@@ -371,8 +371,17 @@ impl Trace {
             command.args(["-p", &tid.to_string()]);
         }
         let trace = Trace { strace: command.spawn().expect("strace runs"), output, ended: false };
-        for tid in tids {
-            eventually("strace looks", || tracer(*tid) == Some(trace.strace.id()));
+        let threads = |pid: u32| {
+            let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+            tasks.filter_map(|task| task.file_name().to_str()?.parse().ok()).collect::<Vec<u32>>()
+        };
+        let looked_at: Vec<u32> = match options.contains(&"-f") {
+            true => tids.iter().flat_map(|pid| threads(*pid)).collect(),
+            false => tids.to_vec(),
+        };
+        for tid in looked_at {
+            let ended = || !Path::new(&format!("/proc/{tid}")).exists();
+            eventually("strace looks", || ended() || tracer(tid) == Some(trace.strace.id()));
         }
         trace
     }

@@ -16,7 +16,7 @@ impl Check {
     pub(super) fn terms(&mut self, spec: &FaultSpec, ops: &[String]) -> Vec<Term> {
         self.known_ops(ops);
         let parsed = match spec {
-            FaultSpec::Kind { .. } => vec![term::Term::certain(spec.clone())],
+            FaultSpec::Kind { .. } => vec![term::Term { chance: 1.0, limit: None, fault: Some(spec.clone()) }],
             FaultSpec::Terms(text) => match term::parse(text) {
                 Ok(terms) => terms,
                 Err(problem) => {
@@ -44,25 +44,7 @@ impl Check {
         let acting = compiled.iter().filter(|term| term.fault.is_some()).map(|term| term.ops);
         let acting = acting.fold(OpSet::default(), OpSet::with);
         compiled.iter_mut().filter(|term| term.fault.is_none()).for_each(|term| term.ops = acting);
-        if self.0.is_empty() {
-            self.all_can_act(&parsed, &compiled);
-        }
         compiled
-    }
-
-    /// A term behind one that acts on each of its requests never does.
-    fn all_can_act(&mut self, parsed: &[term::Term], compiled: &[Term]) {
-        let mut taken = OpSet::default();
-        for (term, compiled) in parsed.iter().zip(compiled) {
-            if taken.covers(compiled.ops) {
-                let detail = format!("fault: the term {:?} can never act: what comes before it always does", term.text);
-                let hint = "give the terms before it a chance or a count: \"20%3*return(EIO)->sleep(10ms)\"";
-                self.found(Problem::new("#/fault", detail).hint(hint));
-            }
-            if compiled.chance >= 1.0 && compiled.limit.is_none() && !depends_on_the_request(compiled.fault.as_ref()) {
-                taken = taken.with(compiled.ops);
-            }
-        }
     }
 
     /// Conditions that no request of these operations can meet.
@@ -138,14 +120,6 @@ impl Check {
         let able = read.able(&fault);
         Some((fault, kind, able))
     }
-}
-
-/// Does it leave some requests of its operations as they are?
-fn depends_on_the_request(fault: Option<&Fault>) -> bool {
-    matches!(
-        fault,
-        Some(Fault::Short(_) | Fault::Torn { .. } | Fault::Corrupt(_) | Fault::Misdirect(_) | Fault::BadSectors(_))
-    )
 }
 
 fn unable(i: usize, word: &str, able: OpSet, fault: &Fault) -> Problem {

@@ -17,9 +17,6 @@ impl Check {
         if !(0.0..=1.0).contains(&spec.probability) {
             let detail = format!("trigger.probability: {} is not between 0 and 1", spec.probability);
             self.found(Problem::new("#/trigger/probability", detail));
-        } else if spec.probability == 0.0 {
-            let detail = "trigger.probability: 0 would never fire";
-            self.found(Problem::new("#/trigger/probability", detail).hint("1 fires on each match"));
         }
         if spec.every == 0 {
             let detail = "trigger.every: 0 would never fire";

@@ -308,7 +308,7 @@ fn come_and_go(mounted: &Mounted, done: &AtomicBool, changes: &AtomicU32) {
         // The one before, so that there is always one in force.
         let old = format!("/v1/rules/churn-{}", (number + 9) % 10);
         let answer = mounted.http("DELETE", &old, None);
-        assert_eq!(answer.status, 204, "{answer:?}");
+        assert!([200, 204].contains(&answer.status), "{answer:?}");
         changes.fetch_add(2, Relaxed);
         next += Duration::from_millis(10);
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
