@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::problem::Problem;
 use super::{Answer, OfAny, Service, Shared, Unmount, Unmounted, body, document, helper};
-use crate::fs::arming::Life;
+use crate::fs::arming::{Changed, Life};
 use crate::fs::mount::{Holder, How, lives_on, place_of};
 use crate::fs::{Ended, Mode};
 use crate::host::{coredump, device};
@@ -61,17 +61,19 @@ pub async fn reset(State(control): Shared, RawQuery(query): RawQuery, body: Body
     let Nothing {} = body::read(body).await?;
     let all = is_all(query.as_deref())?;
     let cursor = control.cursor();
-    let changed = control.core.arming.remove(|_| true);
-    // Nothing holds them any more; they go on when the mode is normal too.
+    // All that programs meet, before anything is awaited: the client may be gone by then, and this with it.
+    let rules = control.core.arming.remove(|_| true);
+    let mode = control.core.arming.set_mode(Mode::AllowWrites, &Life::default(), control.ring().now_ns());
     let held = control.core.parking.take(usize::MAX, |_| true);
     let released = held.len();
-    let removed: Vec<String> = changed.released.iter().map(|rule| rule.name.to_string()).collect();
-    let awaited = changed.released.iter().filter(|rule| rule.is_awaited());
+    control.core.resume(held, Ended::Removed);
+    let removed: Vec<String> = rules.released.iter().map(|rule| rule.name.to_string()).collect();
+    let awaited = rules.released.iter().filter(|rule| rule.is_awaited());
     let unfired: Vec<String> =
         awaited.map(|rule| format!("rule {:?} was required, and has not fired", rule.name)).collect();
-    control.in_force(changed).await;
+    let released_rules = rules.released.into_iter().chain(mode.released).collect();
+    control.in_force(Changed { released: released_rules, ..Changed::default() }).await;
     control.set_mode(Mode::AllowWrites, Life::default()).await;
-    control.core.resume(held, Ended::Removed);
     let (space, mut warnings) = control.clear_space().await;
     warnings.extend(control.give_coredumps_back().await);
     warnings.extend(unfired);

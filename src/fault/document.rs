@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::compile::{Problem, escaped, nearest, words};
+use super::plan::State;
 use super::spec::RuleSpec;
 use super::strict::Strict;
 
@@ -94,17 +95,28 @@ fn without_line(message: &str) -> &str {
     }
 }
 
-/// What the server adds to a rule when it shows it: neither asked for nor wrong in what a client sends back.
-const ADDED: [&str; 10] =
-    ["acts_on", "matches", "injections", "created", "state", "cursor", "pending", "warnings", "met", "unfired"];
+/// Does the server add such a member to a rule when it shows it? It is neither asked for nor wrong in what a client sends
+/// back. What only has its name is a slip: `matches` for `match`.
+fn is_added(name: &str, value: &Value, rule: &Map<String, Value>) -> bool {
+    match name {
+        "matches" | "injections" => value.is_u64(),
+        "created" | "cursor" => value.is_string(),
+        "acts_on" | "pending" | "warnings" => value.is_array(),
+        "met" => value.is_object(),
+        "unfired" => value.is_string() || value.is_null(),
+        // Beside what it follows from, which counts.
+        "state" => rule.contains_key("enabled") && State::ALL.iter().any(|state| value == state.word()),
+        _ => false,
+    }
+}
 
 /// What it adds to a set.
 const ADDED_TO_SETS: [&str; 3] = ["cursor", "pending", "warnings"];
 
 /// A rule as it was sent, from a rule as it is shown.
-pub fn definition(mut rule: Map<String, Value>) -> Map<String, Value> {
-    rule.retain(|name, _| !ADDED.contains(&name.as_str()));
-    rule
+pub fn definition(rule: Map<String, Value>) -> Map<String, Value> {
+    let sent = rule.iter().filter(|(name, value)| !is_added(name, value, &rule));
+    sent.map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 
 fn shown_or_sent(document: Value) -> Value {

@@ -281,6 +281,8 @@ pub enum State {
 }
 
 impl State {
+    pub const ALL: [State; 4] = [State::Armed, State::Exhausted, State::Expired, State::Disabled];
+
     pub fn word(self) -> &'static str {
         match self {
             State::Armed => "armed",

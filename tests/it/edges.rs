@@ -395,3 +395,30 @@ fn a_reset_tells_how_many_requests_it_lets_go_which_are_listed_by_their_names_be
     assert_eq!(counted(&mounted, "r").len(), 3);
     mounted.end();
 }
+
+/// Whoever asked for it may be gone before it is done.
+#[test]
+fn a_reset_lets_requests_go_on_although_its_client_leaves() {
+    let mounted = Mounted::new();
+    prepared(&mounted, "f", SIZE);
+    let handle = Handle::open(Way::Cached, &mounted, "f");
+    mounted.rule("r", json!({"match": {"ops": ["mkdir", "read"]}, "fault": {"kind": "stall"}}));
+    // Of this one the kernel keeps something, which it is slow to forget while a read is open.
+    mounted.rule("t", json!({"match": {"ops": ["read"]}, "fault": {"kind": "corrupt"}}));
+    std::thread::scope(|scope| {
+        let made = scope.spawn(|| errno(fs::create_dir(mounted.path("dir"))));
+        let read = scope.spawn(|| errno(handle.read(PAGE, 0)));
+        eventually("both are parked", || mounted.health("parked") == 2);
+        let mut client = std::os::unix::net::UnixStream::connect(&mounted.socket).unwrap();
+        let head = "POST /v1/reset HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}";
+        std::io::Write::write_all(&mut client, head.as_bytes()).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        drop(client);
+        assert_eq!((made.join().unwrap(), read.join().unwrap()), (0, 0));
+    });
+    assert!(mounted.path("dir").is_dir());
+    assert_eq!(mounted.health("parked"), 0);
+    drop(handle);
+    mounted.reset();
+    mounted.end();
+}

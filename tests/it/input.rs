@@ -262,6 +262,14 @@ fn what_get_gives_of_a_rule_can_be_put_back() {
     assert_eq!(mounted.http("PUT", "/v1/rules/eio", Some(&answer.body)).status, 200, "the answer of a PUT, too");
     one["matchse"] = 7.into();
     assert_eq!(mounted.http("PUT", "/v1/rules/eio", Some(&one)).status, 422, "exactly these members");
+    // And these only as they are shown: a slip must not make a rule about everything.
+    for (name, slip, near) in
+        [("matches", json!({"path": "/only/**"}), "match"), ("state", json!("disabled"), ""), ("met", json!(3), "")]
+    {
+        let answer = mounted.http("PUT", "/v1/rules/slip", Some(&json!({name: slip, "fault": {"kind": "drop"}})));
+        assert_eq!(answer.status, 422, "{name}: {answer:?}");
+        assert!(answer.body["hint"].as_str().unwrap_or_default().contains(near), "{answer:?}");
+    }
     mounted.end();
 }
 
