@@ -205,22 +205,30 @@ fn unmount_untold(instance: &Instance, mountpoint: &Path, lazily: bool) -> Resul
 
 /// For a daemon that does not answer: its connection is cut from outside.
 fn abort(instance: &Instance, mountpoint: &Path) -> Result<String, ClientError> {
-    cut(ours_at(mountpoint)?.filter(|mount| instance.serves(mount)))?;
+    let mount = ours_at(mountpoint)?.filter(|mount| instance.serves(mount));
+    // It may have no place any more, or be covered. By now its number may be another's, which is seen if that has a place.
+    let is_others = |connection: &u32| {
+        let all = mounts::all().unwrap_or_default();
+        all.iter().any(|other| other.is_of(*connection) && other.instance() != Some(&instance.state.instance))
+    };
+    let number = mount.as_ref().map(|mount| mount.minor);
+    if let Some(connection) = number.or(instance.state.connection.filter(|connection| !is_others(connection))) {
+        cut(connection)?;
+    }
+    if let Some(mount) = mount {
+        detach(&mount.mountpoint, true)?;
+    }
     if has_ended_within(instance, Duration::from_secs(2)) {
         return Ok(format!("{} unmounted by force", mountpoint.display()));
     }
     Ok(format!("{} unmounted by force; pid {} hangs and still exists", mountpoint.display(), instance.state.pid))
 }
 
-fn cut(mount: Option<Mount>) -> Result<(), ClientError> {
-    if let Some(mount) = mount {
-        mounts::abort(mount.minor).map_err(|error| {
-            ClientError::failed(format!("connection {} cannot be aborted: {error}", mount.minor))
-                .hint("this needs root and fusectl at /sys/fs/fuse/connections")
-        })?;
-        detach(&mount.mountpoint, true)?;
-    }
-    Ok(())
+fn cut(connection: u32) -> Result<(), ClientError> {
+    mounts::abort(connection).map_err(|error| {
+        ClientError::failed(format!("connection {connection} cannot be aborted: {error}"))
+            .hint("this needs root and fusectl at /sys/fs/fuse/connections")
+    })
 }
 
 fn detach_if_there(instance: &Instance, mountpoint: &Path) -> Result<(), ClientError> {
@@ -256,7 +264,7 @@ fn end_dead(mountpoint: &Path, args: &UmountArgs) -> Result<String, ClientError>
             let place = mountpoint.display();
             return Ok(format!("not mounted; what is mounted at {place} belongs to another run directory"));
         }
-        FILESYSTEM_TYPE if args.force => cut(Some(mount.clone()))?,
+        FILESYSTEM_TYPE if args.force => cut(mount.minor).and_then(|()| detach(mountpoint, true))?,
         FILESYSTEM_TYPE if args.lazy => detach(mountpoint, true)?,
         FILESYSTEM_TYPE => end_unknown(mountpoint)?,
         "fuse" if is_dead => detach(mountpoint, true)?,

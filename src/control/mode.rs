@@ -42,6 +42,10 @@ impl Control {
     }
 
     pub(super) async fn set_mode(self: &Arc<Self>, mode: Mode, life: Life) -> InForce {
+        if mode == Mode::Enospc && life.up.is_none() {
+            // Before its rule is in force: what the former mode lets go must meet a full disk.
+            self.core.capacity.set_full(true);
+        }
         let changed = self.core.arming.set_mode(mode, &life, self.ring().now_ns());
         self.core.follow_mode();
         let in_force = self.in_force(changed).await;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{Answer, Shared, document};
 use crate::fs::park::Parked;
-use crate::fs::{Core, process};
+use crate::fs::process;
 
 /// More would be a document that nobody reads; the count is in `total`.
 const MOST: usize = 1000;
@@ -21,21 +21,29 @@ pub async fn list(State(control): Shared) -> Answer {
     control.core.parking.each(|id, parked| {
         total += 1;
         if requests.len() < MOST {
-            requests.push((parked.pending.caller.tid, describe(&control.core, id, parked, now)));
+            requests.push((id, parked.pending.caller.tid, describe(id, parked, now)));
         }
     });
     // Names are looked up after the table has been left alone again.
-    let requests: Vec<Value> = requests.into_iter().map(|(tid, value)| with_process(value, tid)).collect();
+    let requests: Vec<Value> = requests
+        .into_iter()
+        .map(|(id, tid, mut value)| {
+            // One at a time: those who park do not wait for a whole list of paths.
+            let paths = control.core.parking.look(id, |parked| control.core.paths_of(parked));
+            let text = |path: Option<Arc<[u8]>>| path.map(|path| String::from_utf8_lossy(&path).into_owned());
+            let [path, to] = paths.unwrap_or_default().map(text);
+            (value["path"], value["to"]) = (path.into(), to.into());
+            with_process(value, tid)
+        })
+        .collect();
     Ok(document(200, &json!({"requests": requests, "total": total, "cursor": control.cursor()})))
 }
 
-fn describe(core: &Core, id: u64, parked: &Parked, now: u64) -> Value {
-    let text = |path: Option<Arc<[u8]>>| path.map(|path| String::from_utf8_lossy(&path).into_owned());
-    let [path, to] = core.paths_of(parked).map(text);
+fn describe(id: u64, parked: &Parked, now: u64) -> Value {
     let (caller, call) = (&parked.pending.caller, &parked.pending.call);
     let range = call.range();
     json!({
-        "id": id, "op": call.op().word(), "path": path, "to": to, "ino": call.ino(), "pid": null, "tid": caller.tid,
+        "id": id, "op": call.op().word(), "path": null, "to": null, "ino": call.ino(), "pid": null, "tid": caller.tid,
         "uid": caller.uid, "comm": null, "offset": range.map(|(offset, _)| offset),
         "length": range.map(|(_, length)| length), "state": if parked.stalled { "stalled" } else { "delayed" },
         "rule": parked.rules.first().map(|rule| rule.name.to_string()),

@@ -64,6 +64,7 @@ pub async fn reset(State(control): Shared, RawQuery(query): RawQuery, body: Body
     // All that programs meet, before anything is awaited: the client may be gone by then, and this with it.
     let rules = control.core.arming.remove(|_| true);
     let mode = control.core.arming.set_mode(Mode::AllowWrites, &Life::default(), control.ring().now_ns());
+    control.core.follow_mode();
     let held = control.core.parking.take(usize::MAX, |_| true);
     let released = held.len();
     control.core.resume(held, Ended::Removed);

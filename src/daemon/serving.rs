@@ -148,7 +148,7 @@ impl Serving {
     /// Gives who still holds what was detached, now or earlier.
     fn unmount(&self, how: How) -> Result<Vec<Holder>, Unmounted> {
         let mountpoint = &self.mountpoint;
-        let place = place_of(mountpoint, self.minor).map_err(|error| Unmounted::Covered(error.to_string()))?;
+        let place = place_of(mountpoint, self.minor).map_err(|error| self.covered(how, &error))?;
         self.let_go();
         let detaches = how == How::Lazy || place.is_none();
         let result = match how {
@@ -156,6 +156,7 @@ impl Serving {
             How::Lazy | How::Force => unmount(mountpoint, self.minor, how),
         };
         match result {
+            // From now on nothing is parked: who closes what is open there must not be held for ever.
             Ok(()) if detaches && how != How::Force => Ok(holders_of(self.minor)),
             Ok(()) => Ok(Vec::new()),
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
@@ -169,6 +170,12 @@ impl Serving {
         }
     }
 
+    /// What lies over us is not ours to take away. By force our connection is cut all the same.
+    fn covered(&self, how: How, error: &io::Error) -> Unmounted {
+        let cut = how == How::Force && mounts::abort(self.minor).is_ok();
+        Unmounted::Covered(if cut { format!("{error}; our connection is cut, below it") } else { error.to_string() })
+    }
+
     pub(super) fn end_by_signal(&self) {
         tracing::info!("told to end");
         self.let_go();
@@ -177,7 +184,8 @@ impl Serving {
         if orderly.is_err()
             && let Err(error) = unmount(mountpoint, self.minor, How::Lazy)
         {
-            tracing::error!(%error, "the mount cannot be detached");
+            tracing::error!(%error, "the mount cannot be detached: cutting its connection");
+            let _ = mounts::abort(self.minor);
         }
     }
 

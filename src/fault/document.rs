@@ -225,7 +225,7 @@ mod tests {
     }
     #[test]
     fn a_listing_is_a_set_again_and_other_unknown_fields_are_refused() {
-        let shown = serde_json::json!({"name": "a", "matches": 1, "state": "armed", "fault": {"kind": "drop"}, "acts_on": ["write"]});
+        let shown = serde_json::json!({"name": "a", "enabled": true, "matches": 1, "state": "armed", "fault": {"kind": "drop"}, "acts_on": ["write"]});
         let sent = rule(serde_json::json!({"name": "a", "fault": {"kind": "drop"}})).unwrap();
         assert_eq!(rule(shown.clone()).unwrap(), sent);
         let listing = serde_json::json!({"rules": [shown], "cursor": "b-1", "pending": []});

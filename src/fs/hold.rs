@@ -45,8 +45,9 @@ struct Cut {
     /// The page that fails.
     at: u64,
     since: Instant,
-    /// The firing, as long as no page has failed: if none ever does, the kernel has them all, and it was none.
-    untold: Option<Firing>,
+    firing: Firing,
+    /// Is it to be counted when a page fails? If none ever does, the kernel has them all, and it was none.
+    uncounted: bool,
 }
 
 /// What becomes of a request of a call that is to be short.
@@ -227,11 +228,12 @@ impl Holds {
         if state.cuts.len() >= MOST {
             state.cuts.remove(0);
         }
-        state.cuts.push(Cut { ino: piece.ino, tid: piece.tid, call, at, since: Instant::now(), untold: None });
+        let (since, firing) = (Instant::now(), firing.clone());
+        state.cuts.push(Cut { ino: piece.ino, tid: piece.tid, call, at, since, firing, uncounted: false });
         let last = state.cuts.len() - 1;
         let now = state.cut(piece, last);
         if let (OfCut::Serve, Some(cut)) = (&now, state.cuts.get_mut(last)) {
-            cut.untold = Some(firing.clone());
+            cut.uncounted = true;
         }
         self.recount(&state);
         Some(now)
@@ -241,7 +243,8 @@ impl Holds {
     pub fn of_cut(&self, piece: &Piece) -> Option<OfCut> {
         {
             let mut state = self.state.lock();
-            state.cuts.retain(|cut| cut.since.elapsed() < LIFE);
+            // A rule that is gone makes nothing short.
+            state.cuts.retain(|cut| cut.since.elapsed() < LIFE && !cut.firing.rule.counters.is_retired());
             self.recount(&state);
             if !state.cuts.iter().any(|cut| cut.is_for(piece)) {
                 return None;
@@ -276,12 +279,13 @@ impl State {
         if piece.range.end <= at {
             return OfCut::Serve;
         }
-        let mut firing = cut.untold.take();
-        if firing.as_mut().is_some_and(|firing| !firing.renew()) {
+        let counts = std::mem::take(&mut cut.uncounted);
+        if counts && !cut.firing.renew() {
             // Others have had the last one meanwhile.
             self.cuts.remove(i);
             return OfCut::Serve;
         }
+        let firing = counts.then(|| cut.firing.clone());
         if piece.range.start >= at && self.lacks(piece) {
             self.cuts.remove(i);
         }

@@ -148,6 +148,11 @@ impl Parking {
         self.state.lock().requests.iter().for_each(|(id, parked)| visit(*id, parked));
     }
 
+    /// Looks at one parked request.
+    pub fn look<T>(&self, id: u64, look: impl FnOnce(&Parked) -> T) -> Option<T> {
+        self.state.lock().requests.get(&id).map(look)
+    }
+
     /// Callers to look at: number of the request, thread, and when that was started.
     pub fn callers(&self) -> Vec<(u64, u32, Option<u64>)> {
         let state = self.state.lock();

@@ -89,7 +89,7 @@ fn between_two_rules_nothing_slips_through() {
             (0..100).for_each(|round| change(way, round));
             stop.store(true, Release);
         });
-        assert_eq!(through.into_inner(), 0, "of {failed:?}, {way}");
+        assert!(through.into_inner() == 0 && failed.into_inner() > 0, "{way}");
         mounted.reset();
     }
     drop(files);
@@ -202,7 +202,7 @@ fn a_cached_read_is_told_short_when_it_is_and_not_when_the_kernel_had_the_page()
     assert_eq!((got < 3 * PAGE, told), (told == 1, usize::from(got < 3 * PAGE)), "{got} bytes, {told} events");
     let (again, before) = (handle.read(5 * PAGE, 0).unwrap().len(), told);
     let told = counted(&mounted, "r").len();
-    assert_eq!(again < 5 * PAGE, told > before, "{again} bytes, {told} events");
+    assert!(again == 3 * PAGE && told == before + 1, "{again} bytes, {told} events");
     assert_eq!(number(&mounted, "r", "injections"), told as u64);
     drop(handle);
     mounted.end();

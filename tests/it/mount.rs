@@ -511,7 +511,7 @@ fn what_somebody_else_has_mounted_over_ours_is_not_taken_away() {
         || nix::mount::mount(Some("above"), &mounted.mountpoint, Some("tmpfs"), nix::mount::MsFlags::empty(), none);
     over().unwrap();
     std::fs::write(mounted.path("precious"), "precious").unwrap();
-    for how in [&[][..], &["--lazy"], &["--force"]] {
+    for how in [&[][..], &["--lazy"]] {
         let said = mounted.try_cli(&[&["umount", "--instance", "t"], how].concat());
         let told = said.err.contains("above (tmpfs) is mounted over") && said.err.contains("hint: ");
         assert!(said.code == 1 && told, "{how:?}: {said:?}");
@@ -625,4 +625,40 @@ fn new_files_belong_to_their_makers() {
     };
     assert_eq!(tree(&mounted.mountpoint), tree(&mounted.aside("bare")));
     mounted.end();
+}
+
+/// A stall of everything would keep its last holder from closing.
+#[test]
+fn a_mount_that_was_detached_holds_nobody_and_fails_who_is_to_fail() {
+    let mounted = Mounted::new();
+    let held = File::create(mounted.path("held")).unwrap();
+    let said = mounted.try_cli(&["umount", "--instance", "t", "--lazy"]);
+    assert!(said.code == 0 && !is_mounted(&mounted.mountpoint), "{said:?}");
+    mounted.error_rule("bad", "write", "/held", "EIO", None);
+    mounted.rule("hang", json!({"fault": {"kind": "stall"}}));
+    assert!((&held).write_all(b"x").is_err());
+    held.sync_all().unwrap();
+    drop(held);
+    eventually("its end", || !is_alive(mounted.pid));
+}
+
+#[test]
+fn force_cuts_the_connection_of_a_mount_that_is_covered_and_leaves_the_cover() {
+    for answers in [true, false] {
+        let mounted = Mounted::new();
+        let place = mounted.mountpoint.display().to_string();
+        assert!(Command::new("mount").args(["-t", "tmpfs", "cover", &place]).status().unwrap().success());
+        if !answers {
+            std::fs::rename(&mounted.socket, mounted.aside("hidden").join("socket")).unwrap();
+        }
+        let said = mounted.try_cli(&["umount", "--instance", "t", "--force", "--connect-timeout", "1s"]);
+        let covers = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let covers = covers.lines().filter(|line| line.contains(&place) && line.contains(" - tmpfs cover ")).count();
+        nix::mount::umount2(&mounted.mountpoint, nix::mount::MntFlags::empty()).unwrap();
+        eventually("its end", || !is_alive(mounted.pid));
+        assert_eq!(covers, 1, "{said:?}");
+        assert!(answers == said.err.contains("our connection is cut"), "{said:?}");
+        mounted.cli(&["umount", &place]);
+        assert!(!is_mounted(&mounted.mountpoint), "{answers}");
+    }
 }

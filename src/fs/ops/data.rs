@@ -554,6 +554,10 @@ impl Change<'_> {
             kept.add(range.clone());
             self.without_space.iter().for_each(|blocks| kept.remove(blocks.clone()));
         }
+        if self.undo.is_none() && self.inode.undoable.load(SeqCst) {
+            // Something began to be lost meanwhile: see `note_kept`.
+            self.lock_undo();
+        }
         if let Some(undo) = self.undo.as_mut() {
             kept.iter().for_each(|range| undo.after_kept(range));
             undo.after_drop(range.end);
