@@ -12,7 +12,6 @@ mod damage;
 mod devices;
 mod events;
 mod every_route;
-mod marks;
 mod mode;
 mod problem;
 mod redirect;
@@ -107,7 +106,6 @@ pub struct Control {
     /// One space request at a time: counting a tree takes a while.
     space: tokio::sync::Mutex<space::Requested>,
     redirection: redirect::Redirection,
-    marks: marks::Marks,
 }
 
 impl Deref for Control {
@@ -190,8 +188,8 @@ pub fn start(
     let (router, control) = match core {
         None => (of_machine().with_state(AnyDaemon(service)), None),
         Some(core) => {
-            let (space, redirection, marks) = Default::default();
-            let control = Arc::new(Control { core, service, space, redirection, marks });
+            let (space, redirection) = Default::default();
+            let control = Arc::new(Control { core, service, space, redirection });
             (of_mount().with_state(control.clone()), Some(control))
         }
     };
@@ -304,16 +302,6 @@ impl Service {
 }
 
 impl Control {
-    /// The same, marked: who waits from there is told of every firing, whatever the ring has lost.
-    fn cursor(&self) -> String {
-        let arming = &self.core.arming;
-        let rules = || {
-            let reserved = arming.mode().1.into_iter().chain([arming.space.clone()]);
-            arming.rules().into_iter().chain(reserved).collect()
-        };
-        self.id(Cursor(self.marks.add(rules, || self.ring().cursor().0 - 1)))
-    }
-
     /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
     /// forgets what could hide the new ones.
     async fn in_force(self: &Arc<Self>, changed: Changed) -> InForce {

@@ -192,14 +192,6 @@ struct Wanted {
     since: Option<Cursor>,
 }
 
-/// What was read of the stream for a client that waits from a place.
-#[derive(Default)]
-struct Seen {
-    firings: u64,
-    /// Has the ring lost something of it?
-    lost: bool,
-}
-
 pub async fn wait(State(control): Shared, Path(name): Path<String>, RawQuery(query): RawQuery) -> Answer {
     let query = body::query(query.as_deref(), &["injections", "since", "for"])?;
     let since = query.get("since").and_then(Value::as_str).map(|id| control.after(id)).transpose()?;
@@ -234,7 +226,7 @@ impl Control {
     /// firings, unless the ring has lost it.
     async fn fired(&self, name: &str, wanted: &Wanted) -> Result<Option<Record>, Problem> {
         let mut at = wanted.since.unwrap_or_else(|| self.ring().oldest());
-        let mut seen = Seen::default();
+        let mut firings = 0;
         loop {
             let published = self.published.notified();
             tokio::pin!(published);
@@ -243,58 +235,48 @@ impl Control {
             let rule = self.awaited(name)?;
             let Some(since) = wanted.since else {
                 if rule.counters.told.load(Relaxed) >= wanted.injections {
-                    return Ok(self.last_firing(&rule, 0));
+                    return Ok(self.last_firing(&rule));
                 }
                 published.await;
                 continue;
             };
-            let found = self.count_firings(name, wanted.injections, &mut at, &mut seen);
-            if seen.lost
-                && let Some(more) = self.fired_since(&rule, since).checked_sub(wanted.injections)
-            {
-                return Ok(self.last_firing(&rule, more));
-            }
+            let found = self.count_firings(name, wanted.injections, &mut at, &mut firings);
             if found.is_some() {
                 return Ok(found);
+            }
+            // Of what the ring has lost, this alone is certain: that it has fired, not how often.
+            if wanted.injections == 1 && rule.counters.newest.load(Relaxed) >= since.0 {
+                return Ok(self.last_firing(&rule));
             }
             published.await;
         }
     }
 
     /// Reads on from a place; the record that makes it so many firings.
-    fn count_firings(&self, name: &str, wanted: u64, at: &mut Cursor, seen: &mut Seen) -> Option<Record> {
+    fn count_firings(&self, name: &str, wanted: u64, at: &mut Cursor, firings: &mut u64) -> Option<Record> {
         loop {
             match self.ring().read(*at) {
                 Read::Event(record) => {
                     *at = Cursor(at.0 + 1);
-                    seen.firings += u64::from(is_firing_of(&record, name));
-                    if seen.firings >= wanted {
+                    *firings += u64::from(is_firing_of(&record, name));
+                    if *firings >= wanted {
                         return Some(*record);
                     }
                 }
-                Read::Gap { next, .. } => (*at, seen.lost) = (next, true),
+                Read::Gap { next, .. } => *at = next,
                 Read::Empty => return None,
             }
         }
     }
 
-    /// How often a rule has fired for certain since a place, of which the ring has lost what came then.
-    fn fired_since(&self, rule: &Rule, since: Cursor) -> u64 {
-        let (counters, newest) = (&rule.counters, since.0.saturating_sub(1));
-        let once = u64::from(counters.newest.load(Relaxed) > newest);
-        let known = self.marks.fired_by(rule, newest).map(|then| counters.told.load(Relaxed).saturating_sub(then));
-        known.unwrap_or(0).max(once)
-    }
-
-    /// The newest firing of a rule but so many, if the ring still has it.
-    fn last_firing(&self, rule: &Rule, but: u64) -> Option<Record> {
+    /// The newest firing of a rule, if the ring still has it.
+    fn last_firing(&self, rule: &Rule) -> Option<Record> {
         let (oldest, end) = (self.ring().oldest().0, self.ring().cursor().0);
         let created = rule.created.duration_since(std::time::UNIX_EPOCH).map_or(0, |age| age.as_nanos() as u64);
-        let mut firings = (oldest..end).rev().filter_map(|seq| match self.ring().read(Cursor(seq)) {
+        (oldest..end).rev().find_map(|seq| match self.ring().read(Cursor(seq)) {
             Read::Event(record) if record.time_ns >= created && is_firing_of(&record, &rule.name) => Some(*record),
             _ => None,
-        });
-        firings.nth(but as usize)
+        })
     }
 
     /// The place after an event's id.

@@ -455,7 +455,6 @@ impl Rule {
     /// A firing that was told is on the stream, as its event of that number.
     pub fn note_published(&self, seq: u64) {
         self.counters.newest.fetch_max(seq, Relaxed);
-        self.counters.published.fetch_add(1, std::sync::atomic::Ordering::Release);
     }
 
     /// Could some term act on the request?

@@ -187,8 +187,7 @@ pub struct Counters {
     pub injections: AtomicU64,
     /// Firings that were told: what is waited for. One whose caller dies in a delay before it is never told.
     pub told: AtomicU64,
-    /// Those of them that are on the stream, and where the newest is: for who waits from a place that the ring has lost.
-    pub published: AtomicU64,
+    /// The number of the newest of their events: for who waits from a place that the ring has lost.
     pub newest: AtomicU64,
     /// What is counted over the whole mount.
     pub(super) whole: Scope,
@@ -245,7 +244,6 @@ impl Counters {
             matches: AtomicU64::new(0),
             injections: AtomicU64::new(0),
             told: AtomicU64::new(0),
-            published: AtomicU64::new(0),
             newest: AtomicU64::new(0),
             whole: Scope::default(),
             scopes: Mutex::default(),

@@ -269,7 +269,8 @@ fn no_firing_at_all_cannot_be_waited_for() {
 }
 
 #[test]
-fn waiting_from_a_place_that_the_ring_has_lost_misses_no_firing() {
+fn of_a_place_that_the_ring_has_lost_it_is_certain_whether_a_rule_has_fired_since() {
+    const KEPT: u64 = 1 << 14;
     let mounted = armed();
     inject(&mounted, 5);
     mounted.error_rule("once", "write", "/once", "EIO", Some(1));
@@ -284,10 +285,12 @@ fn waiting_from_a_place_that_the_ring_has_lost_misses_no_firing() {
     let id = mounted.injections("once")[0]["id"].as_str().unwrap().to_string();
     inject(&mounted, 16_999);
     assert_eq!(wait("once", &since), (Some(true), None), "the ring has lost it");
-    assert_eq!(wait("eio", &format!("{since}&injections=100")), (Some(true), None));
-    assert_eq!(wait("eio", &format!("{since}&injections=17000")), (Some(true), Some(17_005)));
-    assert_eq!(wait("eio", &format!("{since}&injections=17001")), (Some(false), None));
-    // Of a place that was not told in a reply it is known whether a rule has fired since.
+    assert_eq!(wait("once", &format!("{since}&injections=2")), (Some(false), None));
+    assert_eq!(wait("eio", &since), (Some(true), Some(17_006 - KEPT)), "the first that it still has");
+    // Of several firings, only those that it still has are certain.
+    assert_eq!(wait("eio", &format!("{since}&injections={KEPT}")), (Some(true), Some(17_005)));
+    assert_eq!(wait("eio", &format!("{since}&injections={}", KEPT + 1)), (Some(false), None));
+    // The same from a place that was not told in a reply.
     assert_eq!(wait("once", &format!("since={id}")), (Some(false), None), "that is the firing itself");
     let number: u64 = id.rsplit_once('-').unwrap().1.parse().unwrap();
     let before = id.replace(&format!("-{number}"), &format!("-{}", number - 1));
