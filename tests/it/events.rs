@@ -5,9 +5,9 @@ use std::io::{BufRead, Read};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{Mounted, next_event, within};
+use crate::support::{Mounted, eventually, next_event, within};
 
 /// Makes so many injections: each is one failed write.
 fn inject(mounted: &Mounted, count: usize) {
@@ -245,18 +245,26 @@ fn waiting_tells_of_this_rule_and_not_of_another_that_had_its_name() {
 fn a_mode_that_has_fired_can_be_waited_for_when_its_time_is_over() {
     let mounted = Mounted::new();
     let wait = || mounted.http("GET", "/v1/rules/mode/wait?for=100ms", None);
+    let set = |mode: Value| assert_eq!(mounted.http("PUT", "/v1/mode", Some(&mode)).status, 200, "{mode}");
+    let ended = || eventually("its end", || mounted.http("GET", "/v1/mode", None).body["mode"] == "allow_writes");
     assert_eq!(wait().status, 404, "no mode was set");
-    mounted.cli(&["mode", "error_writes", "--for", "300ms"]);
-    File::create(mounted.path("f")).unwrap().write_at(b"x", 0).unwrap_err();
-    std::thread::sleep(Duration::from_millis(400));
-    assert_eq!(mounted.http("GET", "/v1/mode", None).body["mode"], "allow_writes");
+    let file = File::create(mounted.path("f")).unwrap();
+    set(json!({"mode": "error_writes", "for": "2s"}));
+    file.write_at(b"x", 0).unwrap_err();
+    drop(file);
+    ended();
     let answer = wait();
     assert_eq!((&answer.body["fired"], &answer.body["event"]["rule"]), (&json!(true), &json!("mode")), "{answer:?}");
-    mounted.cli(&["mode", "error_reads", "--for", "50ms"]);
-    std::thread::sleep(Duration::from_millis(150));
+    assert_eq!(mounted.http("GET", "/v1/rules/mode", None).status, 404, "but it is no rule any more");
+    set(json!({"mode": "error_reads", "for": "50ms"}));
+    ended();
     assert_eq!(wait().body, json!({"fired": false, "matches": 0, "state": "expired"}), "each mode by itself");
-    mounted.cli(&["mode", "allow_writes"]);
+    set(json!({"mode": "allow_writes"}));
     assert_eq!(wait().status, 404, "it was taken away");
+    set(json!({"mode": "error_reads", "for": "50ms"}));
+    ended();
+    mounted.reset();
+    assert_eq!(wait().status, 404, "it was reset");
     mounted.end();
 }
 

@@ -279,17 +279,3 @@ fn enabling_a_rule_whose_life_is_over_says_so() {
     assert!(mounted.cli(&["rule", "enable", "long"]).contains("long enabled: "));
     mounted.end();
 }
-
-#[test]
-fn a_mode_that_has_ended_by_itself_can_still_be_waited_for() {
-    let mounted = Mounted::new();
-    mounted.cli(&["mode", "error_writes", "--for", "300ms"]);
-    std::fs::write(mounted.path("f"), "x").unwrap_err();
-    crate::support::eventually("its end", || mounted.http("GET", "/v1/mode", None).body["mode"] == "allow_writes");
-    let fired = mounted.http("GET", "/v1/rules/mode/wait?for=5s", None);
-    assert_eq!((fired.status, &fired.body["fired"]), (200, &json!(true)), "{fired:?}");
-    assert_eq!(mounted.http("GET", "/v1/rules/mode", None).status, 404, "but it is no rule any more");
-    mounted.reset();
-    assert_eq!(mounted.http("GET", "/v1/rules/mode/wait?for=1s", None).status, 404);
-    mounted.end();
-}
