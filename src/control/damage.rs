@@ -14,7 +14,7 @@ use super::problem::Problem;
 use super::{Answer, Control, Shared, body, document, helper};
 use crate::durability::{Evicted, Original};
 use crate::event::record::rfc3339;
-use crate::fault::compile::rooted_glob;
+use crate::fault::{self, compile::rooted_glob};
 
 /// As much of the original bytes is shown; all of them are kept.
 const SHOWN: usize = 64;
@@ -26,12 +26,14 @@ struct Wanted {
     path: Option<String>,
 }
 
-fn glob(path: Option<&str>) -> Result<Option<GlobMatcher>, Problem> {
-    let compile = |path: &str| match rooted_glob("#/path", path) {
-        Ok(glob) => Ok(glob.compile_matcher()),
-        Err(problem) => Err(Problem::of_parameter(problem)),
-    };
-    path.map(compile).transpose()
+impl Wanted {
+    fn glob(&self) -> Result<Option<GlobMatcher>, Problem> {
+        glob(self.path.as_deref()).map_err(Problem::of_body)
+    }
+}
+
+fn glob(path: Option<&str>) -> Result<Option<GlobMatcher>, fault::Problem> {
+    path.map(|path| Ok(rooted_glob("#/path", path)?.compile_matcher())).transpose()
 }
 
 /// What a helper reports of its files under a name, or that it is not done yet: then an event will tell.
@@ -58,8 +60,7 @@ async fn report(
 }
 
 pub async fn evict(State(control): Shared, body: Body) -> Answer {
-    let wanted: Wanted = body::read(body).await?;
-    let glob = glob(wanted.path.as_deref())?;
+    let glob = body::read::<Wanted>(body).await?.glob()?;
     let core = control.core.clone();
     // The helper tells the stream by itself: it may take longer than the client is made to wait.
     let work = helper(move || {
@@ -78,8 +79,7 @@ fn evicted((path, result): (String, std::io::Result<Evicted>)) -> Value {
 }
 
 pub async fn repair(State(control): Shared, body: Body) -> Answer {
-    let wanted: Wanted = body::read(body).await?;
-    let glob = glob(wanted.path.as_deref())?;
+    let glob = body::read::<Wanted>(body).await?.glob()?;
     let core = control.core.clone();
     let work = helper(move || {
         let repaired: Vec<Value> = core.repair_all(glob.as_ref()).into_iter().map(repaired).collect();
@@ -109,7 +109,7 @@ fn shown(place: &Original) -> Value {
 /// touch a range of it.
 pub async fn list(State(control): Shared, RawQuery(query): RawQuery) -> Answer {
     let query = body::query(query.as_deref(), &["path", "offset", "length"])?;
-    let glob = glob(query.get("path").and_then(Value::as_str))?;
+    let glob = glob(query.get("path").and_then(Value::as_str)).map_err(Problem::of_parameter)?;
     let (offset, length) = (body::number(&query, "offset")?, body::number(&query, "length")?);
     let wanted = match (offset, length) {
         (None, None) => 0..u64::MAX,

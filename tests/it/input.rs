@@ -325,8 +325,8 @@ fn a_term_behind_one_that_does_not_act_on_all_of_its_requests_is_taken() {
 fn a_path_that_no_file_can_have_is_refused_wherever_a_glob_is_taken() {
     let mounted = Mounted::new();
     for (method, path, body, status) in [
-        ("POST", "/v1/evict", Some(json!({"path": "wal/*"})), 400),
-        ("POST", "/v1/repair", Some(json!({"path": "wal/*"})), 400),
+        ("POST", "/v1/evict", Some(json!({"path": "wal/*"})), 422),
+        ("POST", "/v1/repair", Some(json!({"path": "wal/*"})), 422),
         ("GET", "/v1/repair?path=wal/*", None, 400),
         ("GET", "/v1/events?follow=false&path=wal/*", None, 400),
         ("PUT", "/v1/space", Some(json!({"quota": {"limit": "1GiB", "path": "wal/*"}})), 422),
@@ -334,6 +334,9 @@ fn a_path_that_no_file_can_have_is_refused_wherever_a_glob_is_taken() {
         let answer = mounted.http(method, path, body.as_ref());
         assert_eq!(answer.status, status, "{method} {path}: {answer:?}");
         assert_eq!(answer.body["hint"], "did you mean \"/wal/*\"?", "{method} {path}: {answer:?}");
+        let pointer = answer.body["errors"][0]["pointer"].as_str();
+        let names_it = pointer.is_some_and(|pointer| pointer.ends_with("/path"));
+        assert_eq!(names_it, body.is_some(), "a body has places: {method} {path}: {answer:?}");
     }
     assert_eq!(mounted.try_cli(&["evict", "nope"]).code, 1);
     assert_eq!(mounted.try_cli(&["repair", "nope"]).code, 1);
