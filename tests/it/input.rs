@@ -213,6 +213,8 @@ fn what_is_wrong_with_a_body_that_is_no_rule_is_not_called_an_invalid_rule() {
         ("PUT", "/v1/rules/a", "{\"fault\":", 400, "not JSON"),
         ("POST", "/v1/unmount", "{\"hwo\":\"lazy\"}", 422, "unknown field"),
         ("PUT", "/v1/mode", "{\"mode\":\"enospc\",\"for\":3}", 422, "for: "),
+        ("PUT", "/v1/mode", "{\"mode\":\"enospc\",\"fro\":\"3s\"}", 422, "unknown field"),
+        ("PUT", "/v1/mode", "{}", 422, "missing"),
         (
             "POST",
             "/v1/rules/a/release",
