@@ -46,8 +46,8 @@
 //! [`fs::adapter`] names it as a [`fs::call::Call`] and hands it to [`fs::Core::serve`]. No rule armed for writes: one
 //! atomic load, and on to `perform`, to `pwrite`, to the reply. Else [`fault::decide()`] asks the rules: an error is
 //! told at once; a delay or stall parks the request ([`fs::park`]), and the clock or a client lets it go on, on a
-//! worker; a drop is written with its undo log. Each firing is in the ring ([`event::Ring`]) before the reply, and the
-//! control thread is woken after it.
+//! worker; a drop is written with its undo log. When the rules change meanwhile, [`fault::decide_again()`] asks those
+//! that are new. Each firing is in the ring ([`event::Ring`]) before the reply, and the control thread is woken after it.
 #![deny(unsafe_code)]
 
 pub mod cli;
