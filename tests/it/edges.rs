@@ -17,6 +17,24 @@ use crate::support::{Mounted, eventually, is_mounted, sh};
 
 const SIZE: usize = 4 * PAGE;
 
+/// Stops the other threads of a test on every way out: one that fails must end, too.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Release);
+    }
+}
+
+/// Lets go whom a test that fails has left parked.
+struct LetGo<'a>(&'a Mounted);
+
+impl Drop for LetGo<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.try_cli(&["reset"]);
+    }
+}
+
 fn after(ops: &[&str]) -> Value {
     json!({"match": {"ops": ops}, "fault": {"kind": "error", "errno": "EIO", "timing": "after"}})
 }
@@ -86,8 +104,8 @@ fn between_two_rules_nothing_slips_through() {
                     }
                 });
             }
+            let _stop = Stop(&stop);
             (0..100).for_each(|round| change(way, round));
-            stop.store(true, Release);
         });
         assert!(through.into_inner() == 0 && failed.into_inner() > 0, "{way}");
         mounted.reset();
@@ -331,9 +349,8 @@ t.join(); print(count)";
                 std::thread::sleep(Duration::from_millis(2));
             }
         });
-        let count = mounted.python(script, &[]);
-        stop.store(true, Release);
-        count.trim().parse().unwrap()
+        let _stop = Stop(&stop);
+        mounted.python(script, &[]).trim().parse().unwrap()
     });
     evict(&mounted);
     let records: String = (0..count).map(|i| format!("{i:06}").repeat(500)).collect();
@@ -362,14 +379,14 @@ fn an_eviction_on_a_full_disk_gives_back_what_was_there() {
                 }
             }
         });
+        let _stop = Stop(&stop);
         let free = || nix::sys::statvfs::statvfs(&mounted.backing).map_or(1, |statvfs| statvfs.blocks_available());
         let until = Instant::now() + Duration::from_secs(20);
         while free() > 0 && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(10));
         }
+        assert_eq!(free(), 0, "it is full");
         mounted.http("POST", "/v1/evict", Some(&json!({})));
-        stop.store(true, Release);
-        assert_eq!(free(), 0, "it was full");
     });
     same(&stored(&mounted, "f"), &before, "evicted");
     assert_eq!(fs::metadata(mounted.path("f")).unwrap().size(), 4 << 20);
@@ -385,6 +402,7 @@ fn a_reset_tells_how_many_requests_it_lets_go_which_are_listed_by_their_names_be
     mounted.rule("r", json!({"match": {"ops": ["mkdir"]}, "fault": {"kind": "stall"}}));
     std::thread::scope(|scope| {
         dirs.iter().for_each(|dir| drop(scope.spawn(|| fs::create_dir(dir.join("new")).unwrap())));
+        let _let_go = LetGo(&mounted);
         eventually("all are parked", || mounted.health("parked") == 3);
         let listed = mounted.http("GET", "/v1/requests", None).body;
         let mut paths: Vec<_> = listed["requests"].as_array().unwrap().iter().map(|one| one["path"].clone()).collect();
@@ -408,12 +426,16 @@ fn a_reset_lets_requests_go_on_although_its_client_leaves() {
     std::thread::scope(|scope| {
         let made = scope.spawn(|| errno(fs::create_dir(mounted.path("dir"))));
         let read = scope.spawn(|| errno(handle.read(PAGE, 0)));
+        let _let_go = LetGo(&mounted);
         eventually("both are parked", || mounted.health("parked") == 2);
         let mut client = std::os::unix::net::UnixStream::connect(&mounted.socket).unwrap();
         let head = "POST /v1/reset HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}";
         std::io::Write::write_all(&mut client, head.as_bytes()).unwrap();
         std::thread::sleep(Duration::from_millis(50));
         drop(client);
+        std::thread::sleep(Duration::from_millis(50));
+        // If it has come to nothing, this one does it.
+        mounted.reset();
         assert_eq!((made.join().unwrap(), read.join().unwrap()), (0, 0));
     });
     assert!(mounted.path("dir").is_dir());
