@@ -247,7 +247,7 @@ fn postgres_does_not_notice_that_a_hundred_rules_a_second_come_and_go() {
          {each_second:.0} changes a second",
         busy_median as f64 / quiet_median as f64
     );
-    assert!(each_second > 20.0, "{each_second} changes a second: too few to show anything");
+    assert!(each_second > 50.0, "{each_second} changes a second: too few to show anything");
     // Compiling a glob takes a daemon that was built without optimisation several milliseconds, which the database then
     // lacks on a small machine; there only a pause would be wrong. The promise is that of the program people install.
     let limit = if cfg!(debug_assertions) { 100_000.max(4 * quiet_median) } else { 2 * quiet_median };
@@ -308,7 +308,8 @@ fn come_and_go(mounted: &Mounted, done: &AtomicBool, changes: &AtomicU32) {
         // The one before, so that there is always one in force.
         let old = format!("/v1/rules/churn-{}", (number + 9) % 10);
         let answer = mounted.http("DELETE", &old, None);
-        assert!([200, 204].contains(&answer.status), "{answer:?}");
+        // The first time there is none yet.
+        assert_eq!(answer.status, if number == 0 { 204 } else { 200 }, "{answer:?}");
         changes.fetch_add(2, Relaxed);
         next += Duration::from_millis(10);
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
