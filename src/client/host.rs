@@ -130,24 +130,32 @@ fn by_name(name: &str, run_dir: &Path) -> Result<Target, ClientError> {
 }
 
 fn only_living(run_dir: &Path) -> Result<Target, ClientError> {
-    let mut living = living(run_dir)?;
-    // Those with a mount come first: one without may have come by itself.
-    if living.iter().any(|instance| instance.state.mountpoint.is_some()) {
-        living.retain(|instance| instance.state.mountpoint.is_some());
+    let mut found = all(run_dir)?;
+    // Those with a mount come first: one without may have come by itself. It does not answer for one whose daemon is dead
+    // either, or what was meant for a mount would seem to be done.
+    if found.iter().any(|instance| instance.state.mountpoint.is_some()) {
+        found.retain(|instance| instance.state.mountpoint.is_some());
     }
-    match living.as_slice() {
-        [one] => Ok(Target::of_instance(one, false)),
-        [] => Err(ClientError::no_instance("no instance runs here").hint(format!(
+    let (living, dead): (Vec<Instance>, Vec<Instance>) = found.into_iter().partition(|instance| instance.alive);
+    match (living.as_slice(), dead.as_slice()) {
+        ([one], _) => Ok(Target::of_instance(one, false)),
+        ([], []) => Err(ClientError::no_instance("no instance runs here").hint(format!(
             "`nemesisfs mount BACKING MOUNTPOINT` starts one; -H chooses one elsewhere (looked in {})",
             run_dir.display()
         ))),
-        several => Err(ClientError::usage(format!("several instances run here: {}", names(several)))
+        ([], [one, ..]) => Err(ClientError::no_instance(format!("no instance runs here: {} has died", names(&dead)))
+            .hint(format!("its log may tell why; `nemesisfs umount --instance {}` cleans up", one.state.instance))),
+        (several, _) => Err(ClientError::usage(format!("several instances run here: {}", names(several)))
             .hint("choose with -H NAME, which can be given more than once")),
     }
 }
 
+fn all(run_dir: &Path) -> Result<Vec<Instance>, ClientError> {
+    instances::list(run_dir).map_err(|error| ClientError::failed(format!("{}: {error}", run_dir.display())))
+}
+
 fn living(run_dir: &Path) -> Result<Vec<Instance>, ClientError> {
-    instances::living(run_dir).map_err(|error| ClientError::failed(format!("{}: {error}", run_dir.display())))
+    Ok(all(run_dir)?.into_iter().filter(|instance| instance.alive).collect())
 }
 
 fn names(instances: &[Instance]) -> String {

@@ -112,3 +112,21 @@ fn a_command_for_a_mount_finds_the_mount_although_a_daemon_without_one_lives_too
     assert_eq!(run_in(&run_dir, &["umount", "--instance", "host"]).code, 0);
     mounted.end();
 }
+
+#[test]
+fn one_without_a_mount_does_not_answer_for_a_mount_whose_daemon_has_died() {
+    let mut mounted = Mounted::new();
+    let run_dir = mounted.run_dir();
+    assert_eq!(run_in(&run_dir, &["host"]).code, 0);
+    mounted.kill();
+    for words in [&["reset"][..], &["events"], &["rule", "check"], &["mode"]] {
+        let said = run_in(&run_dir, words);
+        assert_eq!(said.code, 3, "{words:?}: {said:?}");
+        assert!(said.err.contains("t has died") && said.err.contains("nemesisfs umount --instance t"), "{said:?}");
+    }
+    assert_eq!(run_in(&run_dir, &["coredump", "status"]).code, 0, "for the machine any daemon will do");
+    mounted.mount_again();
+    assert_eq!(run_in(&run_dir, &["reset"]).code, 0);
+    assert_eq!(run_in(&run_dir, &["umount", "--instance", "host"]).code, 0);
+    mounted.end();
+}
