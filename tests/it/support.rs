@@ -357,6 +357,7 @@ pub fn sh(script: &str) -> Said {
 /// System calls of a daemon as strace sees them, from the moment that it looks to its end.
 pub struct Trace {
     strace: Child,
+    traced: Vec<u32>,
     pub output: PathBuf,
     ended: bool,
 }
@@ -370,7 +371,8 @@ impl Trace {
         for tid in tids {
             command.args(["-p", &tid.to_string()]);
         }
-        let trace = Trace { strace: command.spawn().expect("strace runs"), output, ended: false };
+        let strace = command.spawn().expect("strace runs");
+        let trace = Trace { strace, traced: tids.to_vec(), output, ended: false };
         let threads = |pid: u32| {
             let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
             tasks.filter_map(|task| task.file_name().to_str()?.parse().ok()).collect::<Vec<u32>>()
@@ -399,9 +401,18 @@ impl Trace {
 
     fn stop(&mut self) {
         if !std::mem::replace(&mut self.ended, true) {
-            // It lets go of the daemon first.
-            let _ = kill(Pid::from_raw(self.strace.id() as i32), Signal::SIGINT);
-            let _ = self.strace.wait();
+            // It lets go of the daemon first. Of one that has died it takes leave by itself, and asked meanwhile it may wait for ever
+            // for the first thread, which the kernel gives away after all others.
+            if self.traced.iter().any(|tid| is_alive(*tid)) {
+                let _ = kill(Pid::from_raw(self.strace.id() as i32), Signal::SIGINT);
+            }
+            let ended = (0..1000).any(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                !matches!(self.strace.try_wait(), Ok(None))
+            });
+            if !ended {
+                let _ = (self.strace.kill(), self.strace.wait());
+            }
         }
     }
 }
@@ -467,9 +478,12 @@ fn parse_response(text: &str) -> Response {
 }
 
 pub fn is_alive(pid: u32) -> bool {
-    // A zombie has ended.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
+    let Some((_, rest)) = stat.rsplit_once(')') else { return false };
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    // A zombie has ended, if no other thread of it still holds what it had open.
+    let threads = fields.get(17).and_then(|threads| threads.parse().ok()).unwrap_or(0);
+    fields.first() != Some(&"Z") || threads > 1
 }
 
 /// Waits until something holds, or fails the test.
