@@ -2,6 +2,8 @@
 //!
 //! Used by the handlers on the control thread.
 
+use std::str::FromStr;
+
 use axum::body::Body;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::{Map, Value};
@@ -53,9 +55,14 @@ pub fn query(query: Option<&str>, known: &[&str]) -> Result<Map<String, Value>, 
     Ok(values)
 }
 
+/// A value of a query. One that says nothing is not given.
+pub fn text<'a>(values: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
+    values.get(name).and_then(Value::as_str).filter(|text| !text.is_empty())
+}
+
 /// A value of a query as a number.
-pub fn number(values: &Map<String, Value>, name: &str) -> Result<Option<u64>, Problem> {
-    let Some(text) = values.get(name).and_then(Value::as_str) else { return Ok(None) };
+pub fn number<N: FromStr>(values: &Map<String, Value>, name: &str) -> Result<Option<N>, Problem> {
+    let Some(text) = text(values, name) else { return Ok(None) };
     let bad = |_| Problem::bad_request(format!("{name}: {text:?} is not a number"));
     text.parse().map(Some).map_err(bad)
 }

@@ -110,7 +110,7 @@ fn shown(place: &Original) -> Value {
 pub async fn list(State(control): Shared, RawQuery(query): RawQuery) -> Answer {
     let query = body::query(query.as_deref(), &["path", "offset", "length"])?;
     let glob = glob(query.get("path").and_then(Value::as_str)).map_err(Problem::of_parameter)?;
-    let (offset, length) = (body::number(&query, "offset")?, body::number(&query, "length")?);
+    let (offset, length) = (body::number::<u64>(&query, "offset")?, body::number(&query, "length")?);
     let wanted = match (offset, length) {
         (None, None) => 0..u64::MAX,
         (None, Some(_)) => return Err(Problem::bad_request("length: of what? There is no offset")),

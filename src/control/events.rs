@@ -18,6 +18,7 @@ use futures_util::stream::{self, Stream};
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
+use super::body::text;
 use super::problem::Problem;
 use super::{Answer, AnyDaemon, OfAny, Service, body};
 use crate::event::{Cursor, Filter, Read, Record};
@@ -107,7 +108,7 @@ const PARAMETERS: &[&str] = &["follow", "since", "rule", "kind", "op", "path", "
 pub async fn stream(State(service): OfAny, headers: HeaderMap, RawQuery(query): RawQuery) -> Answer {
     let query = body::query(query.as_deref(), PARAMETERS)?;
     let follow = match text(&query, "follow") {
-        None | Some("true" | "") => true,
+        None | Some("true") => true,
         Some("false") => false,
         Some(other) => return Err(Problem::bad_request(format!("follow: {other:?} is not true or false"))),
     };
@@ -140,10 +141,6 @@ pub async fn stream(State(service): OfAny, headers: HeaderMap, RawQuery(query): 
     })
 }
 
-fn text<'a>(query: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
-    query.get(name).and_then(Value::as_str)
-}
-
 fn filter(query: &Map<String, Value>) -> Result<Filter, Problem> {
     let bad = |error: String| Problem::bad_request(format!("rule: {error}"));
     let rule = text(query, "rule").map(name_glob).transpose().map_err(bad)?;
@@ -154,7 +151,7 @@ fn filter(query: &Map<String, Value>) -> Result<Filter, Problem> {
         kind: word(query, "kind", Filter::kinds())?,
         op: word(query, "op", Filter::ops())?,
         path: path.map(|glob| glob.compile_matcher()),
-        pid: body::number(query, "pid")?.map(|pid| pid as u32),
+        pid: body::number(query, "pid")?,
     })
 }
 
@@ -174,11 +171,9 @@ fn word(
 
 fn event(message: Message) -> Event {
     let data = String::from_utf8_lossy(&message.line);
-    let event = Event::default().event(message.name).data(data.trim_end());
-    match message.id {
-        Some(id) => event.id(id),
-        None => event,
-    }
+    // The place first: a script that reads line by line has it when it meets the data.
+    let event = message.id.into_iter().fold(Event::default(), Event::id);
+    event.event(message.name).data(data.trim_end())
 }
 
 fn lines(place: Place) -> Response {

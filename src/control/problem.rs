@@ -77,7 +77,8 @@ impl From<Vec<fault::Problem>> for Problem {
     fn from(problems: Vec<fault::Problem>) -> Problem {
         let code = if problems.iter().all(|problem| problem.not_yet) { "not_yet" } else { "rule_invalid" };
         let first = problems.iter().find(|problem| !problem.not_yet).or(problems.first());
-        let errors = problems.iter().map(|problem| json!({"pointer": problem.pointer, "detail": problem.detail}));
+        let errors =
+            problems.iter().map(|problem| json!({"pointer": problem.pointer, "detail": problem.at_its_place()}));
         Problem {
             status: 422,
             code,

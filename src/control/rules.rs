@@ -23,8 +23,8 @@ use crate::fault::{Rule, RuleSpec, why};
 use crate::fs::Ended;
 
 impl Control {
-    /// A rule as clients see it.
-    fn show_rule(&self, rule: &Rule) -> Value {
+    /// A rule as clients see it, with the place on the stream behind which its next injections are.
+    fn show_rule(&self, rule: &Rule, cursor: &str) -> Value {
         let mut value = serde_json::to_value(&rule.spec).unwrap_or_default();
         let counters = &rule.counters;
         value["acts_on"] = rule.place.ops.names().into();
@@ -39,15 +39,15 @@ impl Control {
             value["met"] = json!({"requests": requests, "ops": ops, "path": path, "process": process, "range": range});
             value["unfired"] = why::unfired(rule, self.ring().now_ns()).into();
         }
-        value["cursor"] = self.cursor().into();
+        value["cursor"] = cursor.into();
         value
     }
 
-    fn show_rules(&self) -> Vec<Value> {
+    fn show_rules(&self, cursor: &str) -> Vec<Value> {
         let rules = self.core.arming.rules();
         let mode = self.core.arming.mode().1;
         let space = self.core.capacity.is_set().then(|| self.core.arming.space.clone());
-        rules.iter().chain(&mode).chain(&space).map(|rule| self.show_rule(rule)).collect()
+        rules.iter().chain(&mode).chain(&space).map(|rule| self.show_rule(rule, cursor)).collect()
     }
 
     fn rule(&self, name: &str) -> Result<Arc<Rule>, Problem> {
@@ -60,6 +60,7 @@ impl Control {
     }
 
     async fn put_rule(self: &Arc<Self>, spec: RuleSpec) -> Answer {
+        let cursor = self.cursor();
         let fills = Fills::mount_if(spec.redirect_coredumps && spec.enabled);
         let put = async {
             let (rule, new, changed) = self.core.arming.put(spec, self.ring().now_ns())?;
@@ -68,7 +69,7 @@ impl Control {
         let ((rule, new, mut in_force), warnings) = self.redirected(fills, put).await?;
         in_force.warnings.extend(warnings);
         let action = if new { "added" } else { "replaced" };
-        let mut value = self.show_rule(&rule);
+        let mut value = self.show_rule(&rule, &cursor);
         self.ring().change("rule", json!({"rule": &*rule.name, "action": action, "definition": rule.spec}));
         in_force.tell(&mut value);
         Ok(document(if new { 201 } else { 200 }, &value))
@@ -76,7 +77,8 @@ impl Control {
 }
 
 pub async fn list(State(control): Shared) -> Answer {
-    Ok(document(200, &json!({"rules": control.show_rules(), "cursor": control.cursor()})))
+    let cursor = control.cursor();
+    Ok(document(200, &json!({"rules": control.show_rules(&cursor), "cursor": cursor})))
 }
 
 pub async fn replace(State(control): Shared, body: Body) -> Answer {
@@ -91,7 +93,7 @@ pub async fn replace(State(control): Shared, body: Body) -> Answer {
     let (mut in_force, warnings) = control.redirected(fills, replace).await?;
     in_force.warnings.extend(warnings);
     control.ring().change("rule", json!({"action": "replaced_all", "rules": names}));
-    let mut value = json!({"rules": control.show_rules(), "cursor": cursor});
+    let mut value = json!({"rules": control.show_rules(&cursor), "cursor": cursor});
     in_force.tell(&mut value);
     Ok(document(200, &value))
 }
@@ -106,7 +108,7 @@ pub async fn clear(State(control): Shared) -> Answer {
 }
 
 pub async fn show(State(control): Shared, Path(name): Path<String>) -> Answer {
-    Ok(document(200, &control.show_rule(&*control.rule(&name)?)))
+    Ok(document(200, &control.show_rule(&*control.rule(&name)?, &control.cursor())))
 }
 
 pub async fn put(State(control): Shared, Path(name): Path<String>, body: Body) -> Answer {
@@ -151,7 +153,7 @@ fn merge(target: &mut Value, patch: Value) {
 
 pub async fn remove(State(control): Shared, Path(name): Path<String>) -> Answer {
     for (reserved, hint) in [("mode", "nemesisfs mode allow_writes"), ("space", "nemesisfs space clear")] {
-        if name == reserved {
+        if name == reserved && control.core.arming.rule(reserved).is_some() {
             let detail = format!("the rule {name:?} is changed by PUT /v1/{name}");
             return Err(Problem::new(409, "conflict", detail).hint(hint));
         }
@@ -194,13 +196,13 @@ struct Wanted {
 
 pub async fn wait(State(control): Shared, Path(name): Path<String>, RawQuery(query): RawQuery) -> Answer {
     let query = body::query(query.as_deref(), &["injections", "since", "for"])?;
-    let since = query.get("since").and_then(Value::as_str).map(|id| control.after(id)).transpose()?;
+    let since = body::text(&query, "since").map(|id| control.after(id)).transpose()?;
     let injections = body::number(&query, "injections")?.unwrap_or(1);
     if injections == 0 {
         return Err(Problem::bad_request("injections: 0 are no firing to wait for").hint("1, or leave it out"));
     }
     let wanted = Wanted { injections, since };
-    let limit = match query.get("for").and_then(Value::as_str) {
+    let limit = match body::text(&query, "for") {
         None => Duration::from_secs(30),
         Some(text) => nanoseconds(text)
             .map(Duration::from_nanos)
@@ -233,6 +235,13 @@ impl Control {
             published.as_mut().enable();
             self.ring().listen();
             let rule = self.awaited(name)?;
+            if self.has_ended() {
+                return Err(Problem::new(
+                    404,
+                    "not_found",
+                    format!("the instance has ended, and with it the rule {name:?}"),
+                ));
+            }
             let Some(since) = wanted.since else {
                 if rule.counters.told.load(Relaxed) >= wanted.injections {
                     return Ok(self.last_firing(&rule));
@@ -277,6 +286,12 @@ impl Control {
             Read::Event(record) if record.time_ns >= created && is_firing_of(&record, &rule.name) => Some(*record),
             _ => None,
         })
+    }
+
+    /// Has the last event been published?
+    fn has_ended(&self) -> bool {
+        let last = Cursor(self.ring().cursor().0.saturating_sub(1));
+        matches!(self.ring().read(last), Read::Event(record) if record.event() == "bye")
     }
 
     /// The place after an event's id.

@@ -44,6 +44,13 @@ impl Problem {
         self
     }
 
+    /// The detail, for who is told the place beside it.
+    pub fn at_its_place(&self) -> &str {
+        let place = words(&self.pointer);
+        let rest = self.detail.strip_prefix(&place).and_then(|rest| rest.strip_prefix(": "));
+        rest.unwrap_or(&self.detail)
+    }
+
     /// With "did you mean", when a known word is near enough.
     pub fn nearest<'a>(self, word: &str, known: impl Iterator<Item = &'a str> + Clone) -> Problem {
         match nearest(word, known.clone()) {
@@ -86,7 +93,7 @@ pub fn compile(spec: RuleSpec, defaults: Defaults) -> Result<Rule, Vec<Problem>>
     check.name(&spec.name);
     let place = check.place(&spec.r#match);
     let (trigger, life_ns) = check.trigger(&spec.name, &spec.trigger, defaults.seed);
-    let terms = check.terms(&spec.fault, &spec.r#match.ops);
+    let terms = check.terms(&spec.fault, &spec.r#match);
     let ops = terms.iter().map(|term| term.ops).fold(OpSet::default(), OpSet::with);
     if !ops.is_empty() {
         check.can_be_met(&spec.r#match, ops);

@@ -4,6 +4,7 @@
 //! must never allocate when nothing fires.
 
 use std::hash::Hasher;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -12,7 +13,7 @@ use siphasher::sip::SipHasher13;
 
 use super::index::Wanted;
 use super::kind::{BadSectors, Fault, SECTOR, Then, Throttle, Timing};
-use super::op::{FileType, Op, OpSet};
+use super::op::{DIRECT, FileType, Op, OpSet, RANGED};
 use super::plan::{Per, Place, Plan, Rule, Scope, Term};
 
 /// What a decision may ask about a request. Costly facts are asked for only by rules that need them.
@@ -265,9 +266,10 @@ fn go(plan: &Plan, facts: &impl Facts, met: impl Fn(&Rule) -> Met) -> Decision {
     }
     let paths = facts.path_bits(plan);
     for i in plan.awaited.iter().filter(|i| met(&plan.rules[**i]) == Met::No) {
-        look(&plan.rules[*i], facts, paths.as_ref().map(|bits| bits[i / 64] & 1 << (i % 64) != 0));
+        look(&plan.rules[*i], facts, paths.as_ref().map(|bits| is_set(bits, *i)));
     }
-    let wanted = Wanted { pid: || facts.pid(), uid: facts.uid(), range: facts.range() };
+    let range = facts.range().filter(|_| RANGED.has(facts.op()));
+    let wanted = Wanted { pid: || facts.pid(), uid: facts.uid(), range };
     let mut narrowed = plan.index.as_ref().map(|index| index.narrow(wanted));
     for (w, word) in candidates.iter().enumerate() {
         let mut left = word & paths.as_ref().map_or(u64::MAX, |bits| bits[w]);
@@ -334,12 +336,6 @@ fn ask(rule: &Arc<Rule>, facts: &impl Facts, path_known: bool) -> Option<Firing>
     if !matches(rule, facts, path_known) {
         return None;
     }
-    if rule.heals_by(facts.op()) {
-        rule.heal(facts);
-        if !rule.acts_on(facts) {
-            return None;
-        }
-    }
     rule.counters.matches.fetch_add(1, Relaxed);
     let (key, scope) = rule.scope(facts);
     let counts = scope.as_deref().unwrap_or(&rule.counters.whole);
@@ -364,15 +360,33 @@ fn ask(rule: &Arc<Rule>, facts: &impl Facts, path_known: bool) -> Option<Firing>
     Some(Firing { rule: rule.clone(), nth, delay_ns, place, turn, term, n, key, scope })
 }
 
-/// Cheap conditions first: the order is not part of the meaning.
+/// A write has stored so many bytes: bad sectors that it covers are good again, where a rule has them so.
+#[cold]
+pub fn stored(plan: &Plan, facts: &impl Facts, length: u64) {
+    let paths = facts.path_bits(plan);
+    let is_on_path = |i: usize| paths.as_ref().is_none_or(|bits| is_set(bits, i));
+    let healing = plan.rules.iter().enumerate().filter(|(_, rule)| rule.spec.enabled && rule.heals_by(facts.op()));
+    for (_, rule) in healing.filter(|(i, rule)| is_on_path(*i) && is_meant(rule, facts, paths.is_some())) {
+        rule.heal(facts, length);
+    }
+}
+
+fn is_set(bits: &[u64], i: usize) -> bool {
+    bits[i / 64] & 1 << (i % 64) != 0
+}
+
 fn matches(rule: &Rule, facts: &impl Facts, path_known: bool) -> bool {
+    is_meant(rule, facts, path_known) && rule.acts_on(facts)
+}
+
+/// Cheap conditions first: the order is not part of the meaning.
+fn is_meant(rule: &Rule, facts: &impl Facts, path_known: bool) -> bool {
     let place = &rule.place;
     cheap(place, facts)
         && rule.deadline_ns.is_none_or(|deadline| facts.now_ns() < deadline)
         && (path_known || facts.path_matches(rule))
         && in_process(place, facts)
         && is_type(place, facts)
-        && (rule.heals_by(facts.op()) || rule.acts_on(facts))
 }
 
 fn cheap(place: &Place, facts: &impl Facts) -> bool {
@@ -381,10 +395,13 @@ fn cheap(place: &Place, facts: &impl Facts) -> bool {
         && in_range(place, facts)
 }
 
+/// An operation without bytes that is named beside those that have some is met wherever these are.
 fn in_range(place: &Place, facts: &impl Facts) -> bool {
-    place.offset.as_ref().is_none_or(|wanted| touches(facts.range(), wanted))
-        && place.length.as_ref().is_none_or(|wanted| facts.range().is_some_and(|(_, length)| wanted.contains(&length)))
-        && place.direct.is_none_or(|wanted| facts.direct() == Some(wanted))
+    let length_is = |wanted: &Range<u64>| facts.range().is_some_and(|(_, length)| wanted.contains(&length));
+    (!RANGED.has(facts.op())
+        || place.offset.as_ref().is_none_or(|wanted| touches(facts.range(), wanted))
+            && place.length.as_ref().is_none_or(length_is))
+        && (!DIRECT.has(facts.op()) || place.direct.is_none_or(|wanted| facts.direct() == Some(wanted)))
 }
 
 fn in_process(place: &Place, facts: &impl Facts) -> bool {
@@ -402,7 +419,7 @@ fn alters(fault: &Fault, facts: &impl Facts) -> bool {
     fault.alters(facts.op(), (offset, facts.bytes()), facts.direct() == Some(true))
 }
 
-fn touches(range: Option<(u64, u64)>, wanted: &std::ops::Range<u64>) -> bool {
+fn touches(range: Option<(u64, u64)>, wanted: &Range<u64>) -> bool {
     range.is_some_and(|(offset, length)| offset < wanted.end && offset.saturating_add(length) > wanted.start)
 }
 
@@ -487,8 +504,8 @@ impl Rule {
     }
 
     /// Sectors that are written whole are good again.
-    fn heal(&self, facts: &impl Facts) {
-        let Some((offset, length)) = facts.range() else { return };
+    fn heal(&self, facts: &impl Facts, length: u64) {
+        let Some((offset, _)) = facts.range() else { return };
         let Some(start) = offset.checked_next_multiple_of(SECTOR) else { return };
         let whole = start..offset.saturating_add(length) / SECTOR * SECTOR;
         for (term, state) in self.terms.iter().zip(&self.counters.terms) {

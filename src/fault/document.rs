@@ -103,7 +103,7 @@ fn is_added(name: &str, value: &Value, rule: &Map<String, Value>) -> bool {
         "created" | "cursor" => value.is_string(),
         "acts_on" | "pending" | "warnings" => value.is_array(),
         "met" => value.is_object(),
-        "unfired" => value.is_string() || value.is_null(),
+        "unfired" => value.is_string(),
         // Beside what it follows from, which counts.
         "state" => rule.contains_key("enabled") && State::ALL.iter().any(|state| value == state.word()),
         _ => false,
@@ -113,10 +113,17 @@ fn is_added(name: &str, value: &Value, rule: &Map<String, Value>) -> bool {
 /// What it adds to a set.
 const ADDED_TO_SETS: [&str; 3] = ["cursor", "pending", "warnings"];
 
-/// A rule as it was sent, from a rule as it is shown.
+/// A rule as it was sent, from a rule as it is shown. What is null is not given.
 pub fn definition(rule: Map<String, Value>) -> Map<String, Value> {
-    let sent = rule.iter().filter(|(name, value)| !is_added(name, value, &rule));
-    sent.map(|(name, value)| (name.clone(), value.clone())).collect()
+    let sent = rule.iter().filter(|(name, value)| !value.is_null() && !is_added(name, value, &rule));
+    sent.map(|(name, value)| (name.clone(), given(name, value.clone()))).collect()
+}
+
+fn given(name: &str, mut value: Value) -> Value {
+    if let ("match" | "trigger", Value::Object(parts)) = (name, &mut value) {
+        parts.retain(|_, part| !part.is_null());
+    }
+    value
 }
 
 fn shown_or_sent(document: Value) -> Value {

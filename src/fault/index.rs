@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::op::{Op, RANGED};
 use super::plan::{Rule, bits};
 
 /// Bits of rules, 64 a word.
@@ -113,7 +114,7 @@ impl Left<'_> {
 struct Offsets {
     begin: Vec<(u64, Bits)>,
     end: Vec<(u64, Bits)>,
-    /// Those that want no range.
+    /// Those that want no range, or are also about operations that have none.
     any: Bits,
     all: Bits,
 }
@@ -138,7 +139,9 @@ impl Offsets {
         Some(Offsets {
             begin: sets(ranges.iter().map(|range| range.start).collect(), &|at| with(&|range| range.start < at)),
             end: sets(ranges.iter().map(|range| range.end).collect(), &|at| with(&|range| range.end >= at)),
-            any: with(&|_| false),
+            any: bits(rules, |rule| {
+                rule.place.offset.is_none() || Op::ALL.iter().any(|op| rule.may_concern(*op) && !RANGED.has(*op))
+            }),
             all: with(&|_| true),
         })
     }

@@ -22,7 +22,7 @@ pub mod term;
 pub mod why;
 
 pub use compile::{Problem, compile};
-pub use decide::{Decision, Facts, Firing, Outcome, decide, decide_again};
+pub use decide::{Decision, Facts, Firing, Outcome, decide, decide_again, stored};
 pub use kind::{Fault, Latency, Then, Timing};
 pub use op::{FileType, Op, OpSet};
 pub use plan::{Counters, Plan, Rule, State};

@@ -397,6 +397,8 @@ pub struct Plan {
     pub awaited: Vec<usize>,
     /// Is some rule about bytes on their way, so that no copy may be made inside the filesystem?
     pub plain_io: bool,
+    /// Is there one whose bad sectors are good again once they are written?
+    pub heals: bool,
 }
 
 /// With more rules than this, their paths are matched together.
@@ -411,7 +413,8 @@ impl Plan {
         let awaits = |(i, rule): (usize, &Arc<Rule>)| (rule.spec.enabled && rule.is_awaited()).then_some(i);
         let awaited = rules.iter().enumerate().filter_map(awaits).collect();
         let plain_io = rules.iter().any(|rule| rule.spec.enabled && rule.faults().any(Fault::wants_plain_io));
-        Plan { id, rules, by_op, globs: OnceLock::new(), index, awaited, plain_io }
+        let heals = rules.iter().any(|rule| rule.spec.enabled && rule.heals_by(Op::Write));
+        Plan { id, rules, by_op, globs: OnceLock::new(), index, awaited, plain_io, heals }
     }
 
     /// The bits of the rules that could concern an operation.

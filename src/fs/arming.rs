@@ -174,7 +174,7 @@ impl Arming {
     /// Checks rules without arming them.
     ///
     /// # Errors
-    /// Everything that is wrong, with pointers below `prefix(i)`.
+    /// Everything that is wrong, each with its place in the set.
     fn compile_all(&self, specs: Vec<RuleSpec>, now_ns: u64) -> Result<Vec<Rule>, Vec<Problem>> {
         let mut rules = Vec::new();
         let mut problems = Vec::new();
@@ -191,7 +191,7 @@ impl Arming {
                 Err(found) => problems.extend(found.into_iter().map(|problem| below(problem, i))),
             }
         }
-        let known: Vec<&str> = rules.iter().map(|rule| &*rule.name).collect();
+        let known: Vec<&str> = names.iter().map(String::as_str).collect();
         problems.extend(rules.iter().filter_map(|rule| {
             let i = names.iter().position(|name| **name == *rule.name)?;
             unknown_rule(rule, &known).map(|problem| below(problem, i))

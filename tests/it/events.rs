@@ -47,6 +47,19 @@ fn an_injection_is_on_the_stream_as_the_contract_says() {
 }
 
 #[test]
+fn on_the_wire_the_place_of_an_event_comes_before_its_name_and_its_data() {
+    let mounted = armed();
+    let mut stream = mounted.stream("", "");
+    next_event(&mut stream, "hello");
+    inject(&mounted, 1);
+    let lines = std::io::BufRead::lines(stream).map(Result::unwrap);
+    let frame: Vec<String> = lines.skip_while(|line| !line.contains(':')).take(3).collect();
+    let starts = ["id: ", "event: injection", "data: {"];
+    assert!(frame.iter().zip(starts).all(|(line, start)| line.starts_with(start)), "{frame:?}");
+    mounted.end();
+}
+
+#[test]
 fn the_event_is_there_before_the_program_notices() {
     let mounted = armed();
     for n in 1..=20 {

@@ -18,6 +18,18 @@ fn with(pointer: &str, value: Value) -> Value {
 }
 
 #[test]
+fn what_is_wrong_is_told_without_its_place_where_that_stands_beside_it() {
+    let mounted = Mounted::new();
+    let answer = mounted.http("PUT", "/v1/rules/a", Some(&with("/match/ops", json!(["wrtie"]))));
+    assert_eq!(answer.body["detail"], "match.ops[0]: unknown operation \"wrtie\"");
+    assert_eq!(answer.body["errors"], json!([{"pointer": "#/match/ops/0", "detail": "unknown operation \"wrtie\""}]));
+    let set = json!({"rules": [{"name": "a", "fault": {"kind": "eror"}}, {"name": "b", "trigger": {"after_rule": "a"}, "fault": {"kind": "drop"}}]});
+    let answer = mounted.http("PUT", "/v1/rules", Some(&set));
+    assert_eq!(answer.body["errors"], json!([{"pointer": "#/rules/0/fault/kind", "detail": "unknown kind \"eror\""}]));
+    mounted.end();
+}
+
+#[test]
 fn what_is_wrong_is_named_with_its_place_and_the_nearest_word() {
     let mounted = Mounted::new();
     let cases = [

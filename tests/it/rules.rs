@@ -1,7 +1,9 @@
 //! Rules through the socket and the command line: their life, their order, their counting.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 
 use serde_json::{Value, json};
 
@@ -277,5 +279,147 @@ fn enabling_a_rule_whose_life_is_over_says_so() {
     mounted.rule("long", error_on_write(json!({})));
     assert!(mounted.cli(&["rule", "disable", "long"]).contains("long disabled: "));
     assert!(mounted.cli(&["rule", "enable", "long"]).contains("long enabled: "));
+    mounted.end();
+}
+
+#[test]
+fn what_is_null_is_not_given() {
+    let mounted = Mounted::new();
+    let place = json!({"ops": ["write"], "path": null, "path_regex": null, "pid": null, "offset": null, "type": null});
+    let trigger = json!({"probability": null, "skip": null, "every": null, "times": 1, "per": null, "seed": null});
+    let rule = json!({"name": null, "enabled": null, "required": null, "match": place, "trigger": trigger,
+        "fault": {"kind": "error", "errno": "EIO", "timing": null}, "labels": null});
+    let set = json!({"rules": [{"name": "b", "match": null, "trigger": null, "fault": {"kind": "drop"}}]});
+    assert_eq!(mounted.http("PUT", "/v1/rules", Some(&set)).status, 200);
+    let told = mounted.rule("a", rule);
+    let plain = mounted.rule(
+        "plain",
+        json!({"match": {"ops": ["write"]}, "trigger": {"times": 1}, "fault": {"kind": "error", "errno": "EIO"}}),
+    );
+    for part in ["enabled", "required", "match", "trigger", "fault", "labels"] {
+        assert_eq!(told[part], plain[part], "{part}");
+    }
+    let ops = mounted.http("PUT", "/v1/rules/c", Some(&json!({"match": {"ops": null}, "fault": {"kind": "drop"}})));
+    assert_eq!((ops.status, &ops.body["acts_on"]), (201, &json!(["write"])), "{ops:?}");
+    mounted.end();
+}
+
+#[test]
+fn a_parameter_without_a_value_is_not_given() {
+    let mounted = Mounted::new();
+    mounted.rule("a", error_on_write(json!({})));
+    failures(&mounted, 1);
+    let answer = mounted.http("GET", "/v1/rules/a/wait?injections=1&since=&for=30s", None);
+    assert_eq!((answer.status, &answer.body["fired"]), (200, &json!(true)), "{answer:?}");
+    let answer = mounted.http("GET", "/v1/events?follow=false&since=&rule=&pid=&limit=", None);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let answer = mounted.http("GET", &format!("/v1/events?follow=false&pid={}", (1u64 << 32) + 1), None);
+    assert_eq!(answer.status, 400, "no process has such a number: {answer:?}");
+    mounted.end();
+}
+
+/// The contract's own example: of a rule on writes and fsyncs in a range, fsyncs fire too.
+#[test]
+fn a_range_narrows_what_has_bytes_and_not_what_is_named_beside_it() {
+    let mounted = Mounted::new();
+    let file = std::fs::File::create(mounted.path("f")).unwrap();
+    let rule =
+        |ops: Value| json!({"match": {"ops": ops, "offset": "0..4KiB"}, "fault": {"kind": "error", "errno": "EIO"}});
+    let told = mounted.rule("r", rule(json!(["write", "fsync"])));
+    assert_eq!(told["acts_on"], json!(["write", "fsync"]));
+    let is_eio = |done: std::io::Result<()>| done.is_err_and(|error| error.raw_os_error() == Some(libc::EIO));
+    assert!(is_eio(file.sync_all()));
+    assert!(is_eio(file.write_all_at(b"x", 0)));
+    assert!(file.write_all_at(b"x", 4096).is_ok());
+    for ops in [json!(["*"]), json!([])] {
+        let told = mounted.rule("r", rule(ops));
+        assert_eq!(told["acts_on"], json!(["setattr", "read", "write", "copy_file_range", "fallocate"]));
+        assert!(
+            file.sync_all().is_ok()
+                && is_eio(file.write_all_at(b"x", 0))
+                && std::fs::metadata(mounted.path("f")).is_ok()
+        );
+    }
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn a_kind_that_is_narrowed_by_its_attributes_acts_on_what_these_leave() {
+    let mounted = Mounted::new();
+    std::fs::write(mounted.backing.join("f"), [0; 100]).unwrap();
+    let told =
+        mounted.rule("r", json!({"fault": {"kind": "corrupt", "mode": "byte", "value": 7, "nth": 1, "when": "read"}}));
+    assert_eq!(told["acts_on"], json!(["read"]));
+    assert_eq!(std::fs::read(mounted.path("f")).unwrap()[..2], [7, 0]);
+    mounted.end();
+}
+
+/// Somebody makes it fire all the time: what comes behind the place that the answer tells is all that the rule has done.
+#[test]
+fn no_injection_lies_before_the_place_that_a_change_tells() {
+    let mounted = Mounted::new();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writer = || {
+            let file = std::fs::File::create(mounted.path("f")).unwrap();
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let _ = file.write_all_at(b"x", 0);
+            }
+        };
+        // However the test ends.
+        struct Stop<'a>(&'a std::sync::atomic::AtomicBool);
+        impl Drop for Stop<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        let _stop = Stop(&stop);
+        scope.spawn(writer);
+        for round in 0..40 {
+            let rule = json!({"match": {"ops": ["write"]}, "trigger": {"times": 1},
+                "fault": {"kind": "error", "errno": "EIO"}, "labels": {"round": round.to_string()}});
+            let cursor = match round % 2 {
+                0 => mounted.rule("r", rule)["cursor"].clone(),
+                _ => {
+                    let mut rule = rule;
+                    rule["name"] = json!("r");
+                    let answer = mounted.http("PUT", "/v1/rules", Some(&json!({"rules": [rule]})));
+                    answer.body["rules"][0]["cursor"].clone()
+                }
+            };
+            let since = cursor.as_str().unwrap();
+            let waited = mounted.http("GET", &format!("/v1/rules/r/wait?since={since}&for=10s"), None);
+            assert_eq!(waited.body["event"]["labels"]["round"], json!(round.to_string()), "{waited:?}");
+            mounted.http("DELETE", "/v1/rules/r", None);
+        }
+    });
+    mounted.end();
+}
+
+#[test]
+fn who_waits_for_a_rule_is_told_that_the_instance_ends() {
+    let mounted = Mounted::new();
+    mounted.rule("a", error_on_write(json!({})));
+    let mut waiting = UnixStream::connect(&mounted.socket).unwrap();
+    waiting
+        .write_all(b"GET /v1/rules/a/wait?for=30s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    // One thread answers all: when it has answered these, it has heard the first.
+    (0..10).for_each(|_| drop(mounted.http("GET", "/v1/mode", None)));
+    mounted.cli(&["umount", "--instance", "t"]);
+    let mut answer = String::new();
+    waiting.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 404 ") && answer.contains("not_found"), "{answer}");
+}
+
+#[test]
+fn to_remove_a_mode_that_is_not_set_is_no_error() {
+    let mounted = Mounted::new();
+    assert_eq!(mounted.http("DELETE", "/v1/rules/mode", None).status, 204);
+    mounted.cli(&["rule", "rm", "mode"]);
+    mounted.cli(&["mode", "error_all"]);
+    assert_eq!(mounted.http("DELETE", "/v1/rules/mode", None).status, 409);
+    mounted.cli(&["mode", "allow_writes"]);
     mounted.end();
 }

@@ -603,6 +603,23 @@ fn a_write_of_a_whole_sector_makes_it_good_if_the_medium_has_spare_ones() {
 }
 
 #[test]
+fn a_write_that_fails_or_is_lost_makes_no_bad_sector_good() {
+    let mounted = Mounted::new();
+    let before = prepared(&mounted, "f", SIZE);
+    let handle = armed(&mounted, "f", (Way::Direct, Opened::BeforeArming), bad(&["4KiB..8KiB"], true));
+    for fault in [json!({"kind": "error", "errno": "EIO"}), json!({"kind": "drop"})] {
+        mounted.rule("fails", json!({"match": {"ops": ["write"]}, "fault": fault}));
+        let _ = handle.write(&before[PAGE..2 * PAGE], PAGE as u64);
+        assert_eq!(errno(handle.read(PAGE, PAGE as u64)), libc::EIO, "{fault}");
+        mounted.cli(&["rule", "rm", "fails"]);
+    }
+    assert_eq!(handle.write(&before[PAGE..2 * PAGE], PAGE as u64).ok(), Some(PAGE));
+    assert_eq!(handle.read(PAGE, PAGE as u64).unwrap(), before[PAGE..2 * PAGE]);
+    drop(handle);
+    mounted.end();
+}
+
+#[test]
 fn bad_sectors_beyond_the_end_harm_nobody_until_the_file_grows_there() {
     let mounted = Mounted::new();
     let before = prepared(&mounted, "f", SIZE);

@@ -13,10 +13,10 @@ use crate::fault::term;
 
 impl Check {
     /// The terms of a rule: one for a kind, as many as there are for terms.
-    pub(super) fn terms(&mut self, spec: &FaultSpec, ops: &[String]) -> Vec<Term> {
-        self.known_ops(ops);
-        let parsed = match spec {
-            FaultSpec::Kind { .. } => vec![term::Term { chance: 1.0, limit: None, fault: Some(spec.clone()) }],
+    pub(super) fn terms(&mut self, fault: &FaultSpec, place: &MatchSpec) -> Vec<Term> {
+        self.known_ops(&place.ops);
+        let parsed = match fault {
+            FaultSpec::Kind { .. } => vec![term::Term { chance: 1.0, limit: None, fault: Some(fault.clone()) }],
             FaultSpec::Terms(text) => match term::parse(text) {
                 Ok(terms) => terms,
                 Err(problem) => {
@@ -36,7 +36,7 @@ impl Check {
                 None => (OpSet::all(), None),
                 Some(spec) => {
                     let Some((fault, kind, able)) = self.fault(spec) else { continue };
-                    (self.ops(ops, kind, able, &fault), Some(fault))
+                    (self.ops(place, kind, able, &fault), Some(fault))
                 }
             };
             compiled.push(Term { chance: term.chance, limit: term.limit, ops, fault });
@@ -75,10 +75,12 @@ impl Check {
     }
 
     /// The operations that are named, as far as the kind can act on them. An operation that is named by itself and cannot be
-    /// acted on is wrong; a group stands for those of its operations that can.
-    fn ops(&mut self, ops: &[String], kind: &Kind, able: OpSet, fault: &Fault) -> OpSet {
+    /// acted on is wrong; a group stands for those of its operations that can, and that can meet the conditions on bytes.
+    fn ops(&mut self, spec: &MatchSpec, kind: &Kind, able: OpSet, fault: &Fault) -> OpSet {
+        let ops = &spec.ops;
         if ops.is_empty() {
-            return kind.usual.within(able);
+            let usual = kind.usual.within(able);
+            return narrowed(if usual.is_empty() { able } else { usual }, spec);
         }
         let mut set = OpSet::default();
         for (i, word) in ops.iter().enumerate() {
@@ -91,7 +93,7 @@ impl Check {
             if !Op::ALL.iter().any(|op| part.may_concern(*op) && able.may_concern(*op)) {
                 self.found(unable(i, word, able, fault));
             }
-            set = set.with(part);
+            set = set.with(if OpSet::single(word).is_none() { narrowed(part, spec) } else { part });
         }
         set
     }
@@ -120,6 +122,15 @@ impl Check {
         let able = read.able(&fault);
         Some((fault, kind, able))
     }
+}
+
+/// Of operations that were not named one by one, those that a condition on bytes is about; all, if it is about none.
+fn narrowed(ops: OpSet, spec: &MatchSpec) -> OpSet {
+    let conditions = [(spec.offset.is_some() || spec.length.is_some(), RANGED), (spec.direct.is_some(), DIRECT)];
+    conditions.into_iter().filter(|(is, _)| *is).fold(ops, |ops, (_, about)| match ops.within(about) {
+        none if none.is_empty() => ops,
+        some => some,
+    })
 }
 
 fn unable(i: usize, word: &str, able: OpSet, fault: &Fault) -> Problem {

@@ -5,6 +5,7 @@
 use std::ops::Range;
 use std::str::FromStr;
 
+use nix::sys::signal::Signal;
 use serde_json::{Map, Value};
 
 use super::values::{
@@ -399,13 +400,13 @@ impl Reader<'_> {
         };
         let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
         let signal = match text.parse::<i32>() {
-            Ok(number) => nix::sys::signal::Signal::try_from(number),
-            Err(_) => nix::sys::signal::Signal::from_str(&text),
+            Ok(number) => Signal::try_from(number),
+            Err(_) => Signal::from_str(&text).or_else(|_| Signal::from_str(&format!("SIG{text}"))),
         };
         match signal {
             Ok(signal) => Some(Fault::Kill { signal: signal as i32, target }),
             Err(_) => {
-                let known = nix::sys::signal::Signal::iterator().map(nix::sys::signal::Signal::as_str);
+                let known = Signal::iterator().map(Signal::as_str);
                 let near = nearest(&text, known).map(|near| format!("did you mean {near:?}?"));
                 self.found(
                     "signal",
@@ -414,6 +415,26 @@ impl Reader<'_> {
                 );
                 None
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::fault::Fault;
+    use crate::fault::compile::{Defaults, compile};
+    use crate::fault::document::rule;
+
+    #[test]
+    fn a_signal_has_its_name_with_or_without_sig() {
+        for word in ["KILL", "SIGKILL", "9"] {
+            let document = serde_json::json!({"name": "a", "fault": {"kind": "kill", "signal": word}});
+            let defaults = Defaults { seed: 0, now_ns: 0, created: std::time::SystemTime::UNIX_EPOCH };
+            let compiled = compile(rule(document).unwrap(), defaults).unwrap();
+            assert!(
+                compiled.faults().all(|fault| matches!(fault, Fault::Kill { signal: libc::SIGKILL, .. })),
+                "{word}"
+            );
         }
     }
 }

@@ -88,7 +88,8 @@ impl Term {
             (Act::Short, _) => false,
             _ => true,
         };
-        able && (sketch.ops.is_empty() || sketch.ops.iter().any(|word| means(word, request)))
+        let words = if sketch.ops.is_empty() { &["*"][..] } else { &sketch.ops };
+        able && words.iter().any(|word| means(word, request) && sketch.leaves(word, request.op))
     }
 }
 
@@ -104,7 +105,29 @@ fn means(word: &str, request: &Request) -> bool {
     }
 }
 
+const WITH_BYTES: &[&str] = &["read", "write", "copy_file_range", "fallocate", "setattr"];
+const DIRECT_OR_NOT: &[&str] = &["read", "write", "open", "create"];
+
+/// The operations of a group, and whether it has any of these.
+fn has_some(group: &str, of: &[&str]) -> bool {
+    let all: &[&str] = match group {
+        "data" => &["read", "write", "copy_file_range"],
+        "sync" => &["fsync", "fsyncdir", "flush"],
+        "truncate" => &["setattr"],
+        "grow" => &["write", "copy_file_range", "fallocate"],
+        _ => WITH_BYTES,
+    };
+    all.iter().any(|op| of.contains(op))
+}
+
 impl Sketch {
+    /// Conditions on bytes leave of a group those operations that they are about, if it has some; a single one stays.
+    fn leaves(&self, word: &str, op: Op) -> bool {
+        let stays = |of: &[&str]| word == op.word() || of.contains(&op.word()) || !has_some(word, of);
+        ((self.offset.is_none() && self.length.is_none()) || stays(WITH_BYTES))
+            && (self.direct.is_none() || stays(DIRECT_OR_NOT))
+    }
+
     fn document(&self, name: &str) -> Value {
         let range = |(from, to): (u64, u64)| format!("{from}..{to}");
         let seconds = |count: u64| format!("{count}s");
@@ -140,9 +163,11 @@ impl Sketch {
             && self.regex.is_none_or(|end| request.path.ends_with(end.trim_end_matches('$')))
             && self.pid.is_none_or(|pid| pid == request.pid)
             && self.uid.is_none_or(|uid| uid == request.uid)
-            && self.offset.is_none_or(|wanted| touches(wanted) == Some(true))
-            && self.length.is_none_or(|wanted| request.range.is_some_and(|(_, length)| within(wanted, length)))
-            && self.direct.is_none_or(|wanted| request.direct == Some(wanted))
+            && (!WITH_BYTES.contains(&request.op.word())
+                || self.offset.is_none_or(|wanted| touches(wanted) == Some(true))
+                    && self.length.is_none_or(|wanted| request.range.is_some_and(|(_, length)| within(wanted, length))))
+            && (!DIRECT_OR_NOT.contains(&request.op.word())
+                || self.direct.is_none_or(|wanted| request.direct == Some(wanted)))
             && self.directory.is_none_or(|wanted| wanted == (request.file_type == FileType::Directory))
             && self.life.is_none_or(|life| request.now_ns < life * SECOND)
     }
@@ -359,8 +384,11 @@ fn seldom<T: Clone + std::fmt::Debug + 'static>(values: &[T]) -> impl Strategy<V
 }
 
 fn sketch() -> impl Strategy<Value = Sketch> {
-    let ops =
-        prop_oneof![Just(vec![]), prop::collection::vec(select(vec!["read", "write", "data", "*", "grow"]), 1..3),];
+    let ops = prop_oneof![
+        2 => Just(vec![]),
+        2 => prop::collection::vec(select(vec!["read", "write", "data", "*", "grow"]), 1..3),
+        1 => select(vec![vec!["write", "fsync"], vec!["sync", "read"], vec!["open", "*"]]),
+    ];
     let place = (
         ops,
         seldom(&["/*", "/dir/**", "/a"]),
@@ -387,6 +415,10 @@ fn sketch() -> impl Strategy<Value = Sketch> {
     (place, when, terms()).prop_map(|(place, when, terms)| {
         let (ops, path, regex, pid, uid, offset, length, direct, directory) = place;
         let (probability, skip, every, times, per, after, after_bytes, cycle, life, seed) = when;
+        // Only reads and writes can be short, and naming others is refused.
+        let is_short = terms.iter().any(|term: &Term| term.act == Act::Short);
+        let named_others = ["fsync", "sync", "open"].iter().any(|word| ops.contains(word));
+        let ops = if is_short && named_others { vec![] } else { ops };
         Sketch {
             ops,
             path,

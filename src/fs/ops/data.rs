@@ -20,10 +20,12 @@ use parking_lot::MutexGuard;
 use super::attributes::attr_of;
 use super::names::Creation;
 use crate::durability::{Mark, Ranges, Undo, undo};
+use crate::fault::{Op, stored};
 use crate::fs::account::Counting;
 use crate::fs::buffer::{self, Buffer};
 use crate::fs::call::{Answer, Call, Caller, Entry, Reply, Served};
 use crate::fs::evict::Backing;
+use crate::fs::facts::Request;
 use crate::fs::files::{OpenFile, Sync, backing_flags};
 use crate::fs::inode::Inode;
 use crate::fs::privileges::{judged, without_fsetid};
@@ -197,7 +199,18 @@ impl Core {
         if !matches!(manner, Manner::Lost) && !file.cached {
             Sync::of(*flags).keep(&file.file)?;
         }
+        if self.arming.concerns(Op::Write) && matches!(manner, Manner::Kept | Manner::Damaged { .. }) {
+            self.heal(caller, call, written as u64);
+        }
         Ok(Answer::Written(written as u32))
+    }
+
+    /// Only what is stored makes a bad sector good.
+    fn heal(&self, caller: &Caller, call: &Call<'_>, written: u64) {
+        let plan = self.arming.plan();
+        if plan.heals {
+            stored(&plan, &Request::new(self, caller, call), written);
+        }
     }
 
     /// A write that saw no undo log has come between the log's beginning and what is to be lost: a page of a mapping, say.
