@@ -5,7 +5,7 @@
 use std::str::FromStr;
 
 use axum::body::Body;
-use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::problem::Problem;
@@ -31,11 +31,9 @@ fn is_too_large(error: &(dyn std::error::Error + 'static)) -> bool {
 /// Reads a body as a document; an empty one is `{}`. What a rule says is for the reader of rules to judge.
 pub async fn read<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     let text = bytes(body).await?;
-    let text = if text.trim_ascii().is_empty() { b"{}".to_vec() } else { text };
-    if let Err(error) = serde_json::from_slice::<IgnoredAny>(&text) {
-        return Err(Problem::bad_request(format!("the body is not JSON: {error}")));
-    }
-    document::from_json(&text).map_err(Problem::of_body)
+    let text: &[u8] = if text.trim_ascii().is_empty() { b"{}" } else { &text };
+    let no_json = |error| Problem::bad_request(format!("the body is not JSON: {error}"));
+    document::from_value(serde_json::from_slice(text).map_err(no_json)?).map_err(Problem::of_body)
 }
 
 /// Reads a query into named values; a name that is not known is refused with the nearest one that is.

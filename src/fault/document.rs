@@ -8,28 +8,14 @@ use serde_json::{Map, Value};
 use super::compile::{Problem, escaped, nearest, words};
 use super::plan::State;
 use super::spec::RuleSpec;
-use super::strict::Strict;
+use super::strict::Document;
 
-/// Reads a JSON document as `T`.
+/// Reads a document as `T`.
 ///
 /// # Errors
 /// One problem with a pointer to its place, and a suggestion for a misspelt field.
-pub fn from_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Problem> {
-    let mut json = serde_json::Deserializer::from_slice(text);
-    let value = serde_path_to_error::deserialize(Strict(&mut json)).map_err(|error| {
-        let message = error.inner().to_string();
-        problem(error.path(), &message)
-    })?;
-    json.end().map_err(|error| Problem::new("#", format!("not one JSON document: {error}")))?;
-    Ok(value)
-}
-
-/// Reads a JSON value as `T`.
-///
-/// # Errors
-/// As [`from_json`].
 pub fn from_value<T: DeserializeOwned>(value: Value) -> Result<T, Problem> {
-    serde_path_to_error::deserialize(Strict(value)).map_err(|error| {
+    serde_path_to_error::deserialize(Document(value)).map_err(|error| {
         let message = error.inner().to_string();
         problem(error.path(), &message)
     })
@@ -48,7 +34,7 @@ fn problem(path: &serde_path_to_error::Path, message: &str) -> Problem {
         pointer = format!("{pointer}/{}", escaped(&part));
         last = Some(part);
     }
-    let message = in_words_of_json(without_line(message));
+    let message = in_words_of_json(message);
     let place = if pointer == "#" { String::new() } else { format!("{}: ", words(&pointer)) };
     let mut hint = None;
     // What is known has no quotes in it; what a client has sent may.
@@ -84,15 +70,6 @@ fn in_words_of_json(message: &str) -> String {
         found => found,
     };
     format!("{found}, expected {expected}")
-}
-
-/// serde counts lines of a body that nobody sees as lines.
-fn without_line(message: &str) -> &str {
-    let is_place = |place: &str| place.split(" column ").all(|number| number.parse::<u64>().is_ok());
-    match message.rsplit_once(" at line ") {
-        Some((before, place)) if is_place(place) => before,
-        _ => message,
-    }
 }
 
 /// Does the server add such a member to a rule when it shows it? It is neither asked for nor wrong in what a client sends
@@ -136,7 +113,7 @@ fn shown_or_sent(document: Value) -> Value {
 /// A rule: as the contract has it, or terms alone (`"20%return(EIO)"`), which act on everything.
 ///
 /// # Errors
-/// As [`from_json`].
+/// As [`from_value`].
 pub fn rule(document: Value) -> Result<RuleSpec, Problem> {
     match document {
         Value::String(terms) => from_value(serde_json::json!({"fault": terms})),
@@ -147,7 +124,7 @@ pub fn rule(document: Value) -> Result<RuleSpec, Problem> {
 /// A set of rules: `{"rules": [...]}`, or one rule.
 ///
 /// # Errors
-/// As [`from_json`].
+/// As [`from_value`].
 pub fn rules(document: Value) -> Result<Vec<RuleSpec>, Problem> {
     #[derive(serde::Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -171,18 +148,22 @@ pub fn rules(document: Value) -> Result<Vec<RuleSpec>, Problem> {
 mod tests {
     use super::*;
 
+    fn wrong(text: &str) -> Problem {
+        from_value::<RuleSpec>(serde_json::from_str(text).unwrap()).unwrap_err()
+    }
+
     #[test]
     fn a_misspelt_field_is_refused_with_its_place_and_the_right_one() {
-        let text = br#"{"name":"a","match":{"pth":"/x"},"fault":{"kind":"error","errno":"EIO"}}"#;
-        let problem = from_json::<RuleSpec>(text).unwrap_err();
+        let text = r#"{"name":"a","match":{"pth":"/x"},"fault":{"kind":"error","errno":"EIO"}}"#;
+        let problem = wrong(text);
         assert_eq!(problem.pointer, "#/match/pth");
         assert_eq!(problem.hint.as_deref(), Some("did you mean \"path\"?"));
     }
 
     #[test]
     fn a_wrong_type_is_refused_with_its_place() {
-        let text = br#"{"name":"a","trigger":{"times":"two"},"fault":{"kind":"drop"}}"#;
-        let problem = from_json::<RuleSpec>(text).unwrap_err();
+        let text = r#"{"name":"a","trigger":{"times":"two"},"fault":{"kind":"drop"}}"#;
+        let problem = wrong(text);
         assert_eq!(problem.pointer, "#/trigger/times");
         assert!(problem.detail.starts_with("trigger.times: "), "{}", problem.detail);
     }
@@ -193,10 +174,9 @@ mod tests {
             (r#"{"match":[["write"]],"fault":{"kind":"drop"}}"#, "#/match"),
             (r#"{"trigger":[],"fault":{"kind":"drop"}}"#, "#/trigger"),
         ] {
-            let problem = from_json::<RuleSpec>(text.as_bytes()).unwrap_err();
+            let problem = wrong(text);
             assert_eq!(problem.pointer, pointer, "{problem:?}");
             assert!(problem.detail.ends_with("invalid type: an array, expected an object"), "{problem:?}");
-            assert_eq!(from_value::<RuleSpec>(serde_json::from_str(text).unwrap()).unwrap_err(), problem);
         }
     }
 
@@ -208,7 +188,7 @@ mod tests {
             (r#"{"probability":{}}"#, "trigger.probability: invalid type: an object, expected a number"),
         ] {
             let text = format!(r#"{{"trigger":{trigger},"fault":{{"kind":"drop"}}}}"#);
-            assert_eq!(from_json::<RuleSpec>(text.as_bytes()).unwrap_err().detail, told);
+            assert_eq!(wrong(&text).detail, told);
         }
     }
 

@@ -176,8 +176,8 @@ proptest! {
         let mut document = document;
         document["labels"] = json!(labels);
         let Ok(spec) = document::rule(document) else { return Ok(()) };
-        let shown = serde_json::to_vec(&spec).unwrap();
-        let read: RuleSpec = document::from_json(&shown).unwrap();
+        let shown = serde_json::to_value(&spec).unwrap();
+        let read: RuleSpec = document::from_value(shown).unwrap();
         prop_assert_eq!(&read, &spec);
         let meaning = |spec: &RuleSpec| {
             let rule = compiled(serde_json::to_value(spec).unwrap());
