@@ -12,10 +12,8 @@ use serde_json::{Value, json};
 
 use super::redirect::Fills;
 use super::{Answer, Control, InForce, Shared, body, document};
-use crate::fault::Problem;
 use crate::fault::compile::{SHORTEST_CYCLE_NS, nanoseconds};
-use crate::fs::Mode;
-use crate::fs::arming::Life;
+use crate::fault::{Life, Mode, Problem};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -46,12 +46,13 @@ impl Control {
     fn show_rules(&self, cursor: &str) -> Vec<Value> {
         let rules = self.core.arming.rules();
         let mode = self.core.arming.mode().1;
-        let space = self.core.capacity.is_set().then(|| self.core.arming.space.clone());
+        let space = self.core.capacity.is_set().then(|| self.core.arming.space());
         rules.iter().chain(&mode).chain(&space).map(|rule| self.show_rule(rule, cursor)).collect()
     }
 
     fn rule(&self, name: &str) -> Result<Arc<Rule>, Problem> {
-        self.core.arming.rule(name).ok_or_else(|| Problem::no_rule(name))
+        let known = self.core.arming.rule(name).filter(|_| name != "space" || self.core.capacity.is_set());
+        known.ok_or_else(|| Problem::no_rule(name))
     }
 
     /// One that is waited for: what has fired has fired, though the mode has ended since.
@@ -153,7 +154,7 @@ fn merge(target: &mut Value, patch: Value) {
 
 pub async fn remove(State(control): Shared, Path(name): Path<String>) -> Answer {
     for (reserved, hint) in [("mode", "nemesisfs mode allow_writes"), ("space", "nemesisfs space clear")] {
-        if name == reserved && control.core.arming.rule(reserved).is_some() {
+        if name == reserved && control.rule(reserved).is_ok() {
             let detail = format!("the rule {name:?} is changed by PUT /v1/{name}");
             return Err(Problem::new(409, "conflict", detail).hint(hint));
         }

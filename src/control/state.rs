@@ -9,9 +9,10 @@ use serde_json::{Value, json};
 
 use super::problem::Problem;
 use super::{Answer, OfAny, Service, Shared, Unmount, Unmounted, body, document, helper};
-use crate::fs::arming::{Changed, Life};
+use crate::fault::{Life, Mode};
+use crate::fs::Ended;
+use crate::fs::arming::Changed;
 use crate::fs::mount::{Holder, How, lives_on, place_of};
-use crate::fs::{Ended, Mode};
 use crate::host::{coredump, device};
 use crate::sys::mounts;
 

@@ -16,6 +16,7 @@ pub mod op;
 pub mod plan;
 #[cfg(test)]
 mod properties;
+pub mod reserved;
 pub mod spec;
 mod strict;
 pub mod term;
@@ -26,4 +27,5 @@ pub use decide::{Decision, Facts, Firing, Outcome, decide, decide_again, stored}
 pub use kind::{Fault, Latency, Then, Timing};
 pub use op::{FileType, Op, OpSet};
 pub use plan::{Counters, Plan, Rule, State};
+pub use reserved::{Life, Mode};
 pub use spec::RuleSpec;

@@ -12,9 +12,8 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 use crate::fault::compile::Defaults;
-use crate::fault::plan::{AfterRule, Cycle, Place, Term, Trigger};
-use crate::fault::spec::{FaultSpec, MatchSpec, TriggerSpec};
-use crate::fault::{Counters, Fault, Op, OpSet, Plan, Problem, Rule, RuleSpec, State, compile};
+use crate::fault::plan::AfterRule;
+use crate::fault::{Fault, Life, Mode, Op, Plan, Problem, Rule, RuleSpec, State, compile, reserved};
 
 /// The rules of one mount.
 pub struct Arming {
@@ -26,7 +25,7 @@ pub struct Arming {
     set: Mutex<Set>,
     seed: u64,
     /// The reserved rule `space`, which counts the refusals by the capacity.
-    pub space: Arc<Rule>,
+    space: ArcSwap<Rule>,
 }
 
 #[derive(Default)]
@@ -37,65 +36,6 @@ struct Set {
     /// The rule of a mode whose life has ended, until another is set: it can still be asked whether it has fired.
     ended_mode: Option<Arc<Rule>>,
     plans: u64,
-}
-
-/// One word for the whole mount.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
-    #[default]
-    AllowWrites,
-    DropWrites,
-    ErrorWrites,
-    ErrorReads,
-    ErrorAll,
-    Enospc,
-}
-
-impl Mode {
-    pub const ALL: &'static [(&'static str, Mode)] = &[
-        ("allow_writes", Mode::AllowWrites),
-        ("drop_writes", Mode::DropWrites),
-        ("error_writes", Mode::ErrorWrites),
-        ("error_reads", Mode::ErrorReads),
-        ("error_all", Mode::ErrorAll),
-        ("enospc", Mode::Enospc),
-    ];
-
-    pub fn parse(word: &str) -> Option<Mode> {
-        Self::ALL.iter().find(|(name, _)| *name == word).map(|(_, mode)| *mode)
-    }
-
-    pub fn word(self) -> &'static str {
-        Self::ALL.iter().find(|(_, mode)| *mode == self).map_or("", |(name, _)| name)
-    }
-
-    /// What a device in that state makes of a filesystem's requests. Names and attributes live in the page cache of
-    /// the device, so only `error_all` touches names.
-    fn rule(self) -> Option<(&'static [&'static str], Fault)> {
-        let eio = Fault::error(libc::EIO);
-        Some(match self {
-            Mode::AllowWrites => return None,
-            Mode::DropWrites => {
-                (&["write", "copy_file_range", "fallocate", "truncate", "fsync", "fsyncdir"], Fault::Drop)
-            }
-            Mode::ErrorWrites => (&["write", "copy_file_range", "fallocate", "truncate", "fsync", "fsyncdir"], eio),
-            Mode::ErrorReads => (&["read", "copy_file_range", "readdir", "readlink"], eio),
-            Mode::ErrorAll => {
-                (&["data", "fallocate", "truncate", "fsync", "fsyncdir", "names", "readdir", "readlink"], eio)
-            }
-            Mode::Enospc => (&["grow", "mkdir"], Fault::Full),
-        })
-    }
-}
-
-/// How long a mode lasts, and how it comes and goes: each as it was written, and in nanoseconds.
-#[derive(Clone, Debug, Default)]
-pub struct Life {
-    /// See [`RuleSpec`].
-    pub redirect_coredumps: bool,
-    pub lasts: Option<(String, u64)>,
-    pub up: Option<(String, u64)>,
-    pub down: Option<(String, u64)>,
 }
 
 /// What a change left to be done.
@@ -126,7 +66,7 @@ impl Arming {
             plan: ArcSwap::from_pointee(Plan::new(0, Vec::new())),
             set: Mutex::default(),
             seed,
-            space: Arc::new(reserved_rule("space", &["grow", "mkdir"], Fault::Full, &Life::default(), 0)),
+            space: ArcSwap::from_pointee(reserved::space(0)),
         }
     }
 
@@ -154,7 +94,19 @@ impl Arming {
 
     pub fn rule(&self, name: &str) -> Option<Arc<Rule>> {
         let set = self.set.lock();
-        set.rules.iter().chain(&set.mode_rule).chain([&self.space]).find(|rule| &*rule.name == name).cloned()
+        set.rules.iter().chain(&set.mode_rule).chain([&self.space()]).find(|rule| &*rule.name == name).cloned()
+    }
+
+    /// The rule of what the capacity refuses.
+    pub fn space(&self) -> Arc<Rule> {
+        self.space.load_full()
+    }
+
+    /// The capacity is another one: its refusals are counted from 0.
+    pub fn renew_space(&self, now_ns: u64) {
+        let set = self.set.lock();
+        self.space.store(Arc::new(reserved::space(now_ns)));
+        self.link(&set);
     }
 
     /// A rule of this name, or the mode that has ended.
@@ -280,7 +232,7 @@ impl Arming {
     }
 
     fn change_mode(&self, set: &mut Set, mode: Mode, life: &Life, now_ns: u64) -> Changed {
-        let rule = mode.rule().map(|(ops, fault)| Arc::new(reserved_rule("mode", ops, fault, life, now_ns)));
+        let rule = mode.rule(life, now_ns).map(Arc::new);
         let old = std::mem::replace(&mut set.mode_rule, rule.clone());
         let changed = Changed { armed: rule.into_iter().collect(), released: old.into_iter().collect() };
         (set.mode, set.ended_mode) = (mode, None);
@@ -327,8 +279,9 @@ impl Arming {
 
     /// Tells rules that wait for others where these count.
     fn link(&self, set: &Set) {
+        let space = self.space();
         for after in set.rules.iter().filter_map(|rule| rule.trigger.after_rule.as_ref()) {
-            let mut all = set.rules.iter().chain(&set.mode_rule).chain([&self.space]);
+            let mut all = set.rules.iter().chain(&set.mode_rule).chain([&space]);
             if let Some(awaited) = all.find(|rule| rule.name == after.name) {
                 after.link(awaited.counters.clone());
             }
@@ -387,43 +340,4 @@ fn succeed(mut rule: Rule, old: Option<&Rule>, now_ns: u64) -> Rule {
         }
     }
     rule
-}
-
-fn reserved_rule(name: &str, ops: &[&str], fault: Fault, life: &Life, now_ns: u64) -> Rule {
-    let set = ops.iter().filter_map(|word| OpSet::parse(word)).fold(OpSet::default(), OpSet::with);
-    let kind = FaultSpec::of_kind(fault.word());
-    let text = |part: &Option<(String, u64)>| part.as_ref().map(|(text, _)| text.clone());
-    let spec = RuleSpec {
-        name: name.into(),
-        enabled: true,
-        required: false,
-        redirect_coredumps: life.redirect_coredumps,
-        r#match: MatchSpec { ops: ops.iter().map(ToString::to_string).collect(), ..MatchSpec::default() },
-        trigger: TriggerSpec {
-            r#for: text(&life.lasts),
-            up: text(&life.up),
-            down: text(&life.down),
-            ..TriggerSpec::default()
-        },
-        fault: match fault {
-            Fault::Error { .. } => kind.with("errno", "EIO"),
-            Fault::Full => kind.with("errno", "ENOSPC"),
-            _ => kind,
-        },
-        labels: Default::default(),
-    };
-    let cycle = life.up.as_ref().zip(life.down.as_ref());
-    let cycle = cycle.map(|((_, up_ns), (_, down_ns))| Cycle { up_ns: *up_ns, down_ns: *down_ns });
-    Rule {
-        name: name.into(),
-        spec,
-        place: Place { ops: set, ..Place::default() },
-        trigger: Trigger { cycle, ..Trigger::always() },
-        terms: [Term { chance: 1.0, limit: None, ops: set, fault: Some(fault) }].into(),
-        labels: None,
-        armed_ns: now_ns,
-        deadline_ns: life.lasts.as_ref().map(|(_, ns)| now_ns.saturating_add(*ns)),
-        counters: Arc::new(Counters::new(1)),
-        created: SystemTime::now(),
-    }
 }

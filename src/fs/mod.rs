@@ -31,5 +31,5 @@ pub mod usage;
 pub mod watch;
 pub mod workers;
 
-pub use arming::{Changed, Mode};
+pub use arming::Changed;
 pub use serve::{Core, Ended};

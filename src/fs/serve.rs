@@ -454,10 +454,10 @@ impl Core {
 
     /// A refusal by the capacity: an injection of the reserved rule `space`, or of the mode that made it.
     pub fn inject_space(&self, caller: &Caller, call: &Call<'_>, done: Option<u64>, errno: Option<i32>) {
-        let (plan, space) = (self.arming.plan(), &self.arming.space);
+        let (plan, space) = (self.arming.plan(), self.arming.space());
         let is_full = |rule: &&Arc<Rule>| rule.faults().any(|fault| *fault == Fault::Full);
         let by_mode = plan.rules.iter().rev().find(is_full).filter(|_| self.capacity.is_full_by_mode());
-        let refuses = by_mode.unwrap_or(space);
+        let refuses = by_mode.unwrap_or(&space);
         refuses.counters.matches.fetch_add(1, Relaxed);
         let nth = refuses.counters.injections.fetch_add(1, Relaxed) + 1;
         self.wake_others(refuses.note_told());
