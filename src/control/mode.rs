@@ -35,8 +35,9 @@ impl Control {
         let left = rule.as_ref().and_then(|rule| rule.deadline_ns).map(|at| at.saturating_sub(self.ring().now_ns()));
         let left = left.map(|ns| humantime::format_duration(Duration::from_millis(ns / 1_000_000)).to_string());
         let trigger = rule.as_ref().map(|rule| &rule.spec.trigger);
-        let (up, down) = (trigger.and_then(|t| t.up.clone()), trigger.and_then(|t| t.down.clone()));
-        json!({"mode": mode.word(), "remaining": left, "up": up, "down": down, "cursor": self.cursor()})
+        let (lasts, up, down) =
+            trigger.map_or((&None, &None, &None), |trigger| (&trigger.r#for, &trigger.up, &trigger.down));
+        json!({"mode": mode.word(), "for": lasts, "remaining": left, "up": up, "down": down, "cursor": self.cursor()})
     }
 
     pub(super) async fn set_mode(self: &Arc<Self>, mode: Mode, life: Life) -> InForce {

@@ -423,3 +423,16 @@ fn to_remove_a_mode_that_is_not_set_is_no_error() {
     mounted.cli(&["mode", "allow_writes"]);
     mounted.end();
 }
+
+#[test]
+fn a_mode_is_shown_with_how_long_it_was_to_last_and_how_long_it_still_does() {
+    let mounted = Mounted::new();
+    mounted.cli(&["mode", "drop_writes", "--for", "5m", "--up", "3s", "--down", "1s"]);
+    let shown = mounted.http("GET", "/v1/mode", None).body;
+    assert_eq!((&shown["for"], &shown["up"], &shown["down"]), (&json!("5m"), &json!("3s"), &json!("1s")), "{shown}");
+    assert!(shown["remaining"].is_string(), "{shown}");
+    mounted.cli(&["mode", "allow_writes"]);
+    let shown = mounted.http("GET", "/v1/mode", None).body;
+    assert_eq!((&shown["for"], &shown["remaining"]), (&Value::Null, &Value::Null), "{shown}");
+    mounted.end();
+}
