@@ -1,6 +1,6 @@
 //! `/v1/evict` and `/v1/repair`: what readers see against what the disk has, and what it should have.
 //!
-//! On the control thread; the work is done by a helper, because the kernel may write back mapped pages first.
+//! On the control thread; the work is done by a because the kernel may write back mapped pages first.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::problem::Problem;
-use super::{Answer, Control, Shared, body, document, helper};
+use super::{Answer, Control, Shared, body, document};
 use crate::durability::{Evicted, Original};
 use crate::event::record::rfc3339;
 use crate::fault::{self, compile::rooted_glob};
@@ -63,7 +63,7 @@ pub async fn evict(State(control): Shared, body: Body) -> Answer {
     let glob = body::read::<Wanted>(body).await?.glob()?;
     let core = control.core.clone();
     // The helper tells the stream by itself: it may take longer than the client is made to wait.
-    let work = helper(move || {
+    let work = control.looks.damage.ask(move || {
         let evicted: Vec<Value> = core.evict_all(glob.as_ref()).into_iter().map(evicted).collect();
         core.ring.change("space", json!({"action": "evicted", "files": evicted}));
         evicted
@@ -81,7 +81,7 @@ fn evicted((path, result): (String, std::io::Result<Evicted>)) -> Value {
 pub async fn repair(State(control): Shared, body: Body) -> Answer {
     let glob = body::read::<Wanted>(body).await?.glob()?;
     let core = control.core.clone();
-    let work = helper(move || {
+    let work = control.looks.damage.ask(move || {
         let repaired: Vec<Value> = core.repair_all(glob.as_ref()).into_iter().map(repaired).collect();
         core.ring.change("rule", json!({"action": "repaired", "files": repaired}));
         repaired
@@ -117,7 +117,7 @@ pub async fn list(State(control): Shared, RawQuery(query): RawQuery) -> Answer {
         (Some(offset), length) => offset..offset.saturating_add(length.unwrap_or(1)),
     };
     let core = control.core.clone();
-    let damaged = helper(move || core.damaged(glob.as_ref())).await?;
+    let damaged = control.looks.damage.ask(move || core.damaged(glob.as_ref())).await?;
     let touches = |place: &&Original| place.range().start < wanted.end && place.range().end > wanted.start;
     let file = |(path, places): (String, Vec<Original>)| {
         let places: Vec<Value> = places.iter().filter(touches).map(shown).collect();

@@ -2,7 +2,8 @@
 //!
 //! One thread of its own, a single-threaded tokio runtime, never in the hot path. It never touches the mount and takes
 //! no lock that a reader holds across a system call, so it answers while everything else hangs; what could wait (making
-//! the kernel forget, evicting, counting a tree, unmounting) is done by helper threads that it awaits.
+//! the kernel forget, evicting, counting a tree, unmounting) is done by helper threads that it awaits. Those are few
+//! enough to run out: of what may hang with the backing filesystem only so much is under way at a time ([`Look`]).
 //!
 //! One file for each resource: bytes in, a call of the filesystem's own functions, a document out.
 
@@ -33,7 +34,7 @@ use axum::http::Uri;
 use axum::routing::{get, post};
 use crossbeam_channel::Sender;
 use serde_json::Value;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::event::{Cursor, Ring};
 use crate::fault::{Op, Rule};
@@ -45,6 +46,10 @@ pub use redirect::lease_of;
 
 /// How long a change of the rules waits for the kernel to forget what could hide them.
 const FORGET_LIMIT: Duration = Duration::from_secs(2);
+/// How long the backing filesystem is waited for where an answer can do without it.
+const LOOK_LIMIT: Duration = Duration::from_secs(2);
+/// So many of one sort may hang in the backing filesystem; there are 512 helpers, and others need them.
+const MOST_LOOKS: usize = 32;
 /// How long open connections may take to end when the daemon does.
 const END_LIMIT: Duration = Duration::from_millis(500);
 
@@ -103,9 +108,56 @@ pub struct Service {
 pub struct Control {
     pub core: Arc<Core>,
     service: Arc<Service>,
-    /// One space request at a time: counting a tree takes a while.
-    space: tokio::sync::Mutex<space::Requested>,
+    /// Held for a few instructions, by helpers too.
+    space: parking_lot::Mutex<space::Requested>,
+    looks: Looks,
     redirection: redirect::Redirection,
+}
+
+/// What is asked of the backing filesystem, by sorts: one that hangs keeps no other from being asked.
+#[derive(Default)]
+struct Looks {
+    statfs: Look,
+    count: Look,
+    fill: Look,
+    remove: Look,
+    damage: Look,
+}
+
+/// Helpers that may hang with the backing filesystem, for one sort of question.
+struct Look(Arc<Semaphore>);
+
+impl Default for Look {
+    fn default() -> Look {
+        Look(Arc::new(Semaphore::new(MOST_LOOKS)))
+    }
+}
+
+impl Look {
+    /// Runs it on a helper, from now on, whether the answer is awaited or not; refused when too many hang already.
+    fn ask<T, F>(&self, act: F) -> impl Future<Output = Result<T, Problem>> + use<T, F>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        let asking = self.0.clone().try_acquire_owned().ok().map(|permit| {
+            tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                act()
+            })
+        });
+        async move {
+            match asking {
+                Some(asking) => asking.await.map_err(failed_helper),
+                None => Err(hangs()),
+            }
+        }
+    }
+}
+
+fn hangs() -> Problem {
+    Problem::new(409, "busy", "the backing filesystem hangs: too much waits for it already")
+        .hint("again when it goes on")
 }
 
 impl Deref for Control {
@@ -188,8 +240,8 @@ pub fn start(
     let (router, control) = match core {
         None => (of_machine().with_state(AnyDaemon(service)), None),
         Some(core) => {
-            let (space, redirection) = Default::default();
-            let control = Arc::new(Control { core, service, space, redirection });
+            let (space, looks, redirection) = Default::default();
+            let control = Arc::new(Control { core, service, space, looks, redirection });
             (of_mount().with_state(control.clone()), Some(control))
         }
     };
@@ -397,9 +449,11 @@ fn forget(core: &Arc<Core>, armed: Vec<Arc<Rule>>) -> Vec<String> {
 
 /// Runs what could wait on a thread where that is harmless.
 async fn helper<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
-    tokio::task::spawn_blocking(act)
-        .await
-        .map_err(|error| Problem::new(500, "internal", format!("a helper has failed: {error}")))
+    tokio::task::spawn_blocking(act).await.map_err(failed_helper)
+}
+
+fn failed_helper(error: tokio::task::JoinError) -> Problem {
+    Problem::new(500, "internal", format!("a helper has failed: {error}"))
 }
 
 /// A document as an answer.

@@ -95,7 +95,7 @@ impl Control {
     /// For rules that are armed from the first request on. The lease of a killed daemon of this name is ours now, to be kept
     /// or given back.
     pub(super) async fn redirected_at_start(self: &Arc<Self>) -> Result<(), String> {
-        if self.wants_coredumps().await {
+        if self.wants_coredumps() {
             self.take_coredumps(Fills::Mount).await.map_err(|problem| problem.to_string())?;
         } else if self.has_lease().await {
             self.redirection.held.store(true, Release);
@@ -120,7 +120,7 @@ impl Control {
 
     async fn renew(&self, fills: Fills) -> Result<Taken, Problem> {
         let (machine, name) = (self.machine.clone(), lease_of(&self.identity.instance));
-        let is_disk = fills == Fills::Disk || self.ballast_redirects().await;
+        let is_disk = fills == Fills::Disk || self.ballast_redirects();
         let mount = self.identity.mount.as_ref();
         let disk = mount.filter(|_| is_disk).map(|mount| mount.backing.clone());
         let fills = mount.map(|mount| mount.mountpoint.clone()).into_iter().chain(disk).collect();
@@ -130,17 +130,17 @@ impl Control {
         Ok(helper(move || coredump::redirect(&machine, &name, &wanted)).await??)
     }
 
-    async fn wants_coredumps(&self) -> bool {
+    fn wants_coredumps(&self) -> bool {
         let now = self.ring().now_ns();
         let (rules, mode) = (self.core.arming.rules(), self.core.arming.mode().1);
         let armed =
             rules.iter().chain(&mode).any(|rule| rule.spec.redirect_coredumps && rule.state(now) == State::Armed);
-        armed || self.redirection.coming.load(Acquire) > 0 || self.space_redirects().await
+        armed || self.redirection.coming.load(Acquire) > 0 || self.space_redirects()
     }
 
     /// Gives the lease back if nothing wants it any more. Says so if that takes longer than a reply may.
     pub(super) async fn give_coredumps_back(self: &Arc<Self>) -> Vec<String> {
-        if !self.redirection.held.load(Acquire) || self.wants_coredumps().await {
+        if !self.redirection.held.load(Acquire) || self.wants_coredumps() {
             return Vec::new();
         }
         let control = self.clone();
@@ -153,7 +153,7 @@ impl Control {
 
     async fn give_back(&self) -> Vec<String> {
         let _switch = self.redirection.switch.lock().await;
-        if !self.redirection.held.load(Acquire) || self.wants_coredumps().await {
+        if !self.redirection.held.load(Acquire) || self.wants_coredumps() {
             return Vec::new();
         }
         let (machine, name) = (self.machine.clone(), lease_of(&self.identity.instance));
@@ -183,7 +183,7 @@ pub(super) async fn keep(control: Arc<Control>) {
             (renewed, told) = (Instant::now(), false);
         }
         tokio::time::sleep(LOOK).await;
-        if !control.wants_coredumps().await {
+        if !control.wants_coredumps() {
             control.give_back().await;
             continue;
         }

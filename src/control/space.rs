@@ -1,7 +1,8 @@
 //! `/v1/space`: how full the mount pretends to be, how much owners and subtrees may use, and how full the disk is made.
 //!
-//! On the control thread; a helper counts the tree where that is needed, and fills the disk. While it fills, the lock of
-//! what was requested is free: status, clear and reset go on.
+//! On the control thread; a helper counts the tree where that is needed, and fills the disk. The lock of what was
+//! requested is held for a few instructions, never while something is counted or filled: status, clear and reset go on.
+//! What was counted is set only if it is still wanted then.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -14,7 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
 use super::redirect::Fills;
-use super::{Answer, Control, FORGET_LIMIT, Shared, body, document, helper};
+use super::{Answer, Control, FORGET_LIMIT, LOOK_LIMIT, Shared, body, document};
 use crate::fault::Problem;
 use crate::fault::compile::{bytes, nanoseconds, rooted_glob};
 use crate::fault::document::from_value;
@@ -36,21 +37,52 @@ pub struct Requested {
     quota: Vec<Value>,
     /// Was the ballast asked for so that coredumps go elsewhere?
     ballast_redirects: bool,
-    /// How often each part was set: a life ends only what it was given to.
-    settings: [u64; 2],
+    /// By part.
+    numbers: [Numbers; 3],
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Numbers {
+    /// Of what is set: a life ends only what it was given to.
+    set: u64,
+    /// Of what is to be set: what comes later takes its place.
+    coming: u64,
 }
 
 impl Requested {
+    fn of(&mut self, part: Part) -> &mut Numbers {
+        &mut self.numbers[part as usize]
+    }
+
+    /// Nothing that is on its way to a part is wanted any more.
+    fn overtake(&mut self, part: Part) -> u64 {
+        self.of(part).coming += 1;
+        self.of(part).coming
+    }
+
     fn virtual_redirects(&self) -> bool {
         self.r#virtual.as_ref().is_some_and(|asked| asked["redirect_coredumps"] == true)
     }
 }
 
-/// The parts of a capacity that can be set for a time.
+/// The parts of a capacity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Virtual,
+    Quota,
     Ballast,
+}
+
+impl Part {
+    const ALL: [Part; 3] = [Part::Virtual, Part::Quota, Part::Ballast];
+
+    fn word(self) -> &'static str {
+        match self {
+            Part::Virtual => "virtual",
+            Part::Quota => "quota",
+            Part::Ballast => "ballast",
+        }
+    }
 }
 
 /// Each part that is there is replaced, or cleared by `null`; the others stay.
@@ -231,10 +263,12 @@ impl Control {
     async fn show_space(&self) -> Value {
         let core = self.core.clone();
         // The backing filesystem may hang; the mount itself is not asked.
-        let statfs = helper(move || core.space_left()).await.ok().and_then(Result::ok);
-        let requested = self.space.lock().await;
-        let (asked, quota) = (requested.r#virtual.clone(), self.show_quotas(&requested));
-        drop(requested);
+        let asking = tokio::time::timeout(LOOK_LIMIT, self.looks.statfs.ask(move || core.space_left()));
+        let statfs = asking.await.ok().and_then(Result::ok).and_then(Result::ok);
+        let (asked, quota) = {
+            let requested = self.space.lock();
+            (requested.r#virtual.clone(), self.show_quotas(&requested))
+        };
         let statfs = statfs.map(|s| {
             json!({"blocks": s.blocks, "free": s.free, "available": s.available, "block_size": s.fragment_size,
                 "files": s.files, "files_free": s.files_free})
@@ -268,113 +302,156 @@ impl Control {
         each.collect()
     }
 
-    /// Everything that was set is gone: whether there was any, and what could not be removed in time.
-    pub(super) async fn clear_space(&self) -> (bool, Vec<String>) {
-        self.core.ballast.cancel();
-        let mut requested = self.space.lock().await;
-        let mut was = requested.r#virtual.take().is_some() | !std::mem::take(&mut requested.quota).is_empty();
-        requested.settings.iter_mut().for_each(|count| *count += 1);
-        self.core.capacity.clear();
-        drop(requested);
-        let (ballast, warnings) = self.remove_ballast().await;
-        was |= ballast;
-        if was {
-            self.ring().change("space", json!({"action": "cleared"}));
+    /// Everything that was set is gone, and the ballast on its way: whether there was any, and what could not be removed in
+    /// time. All of that is begun by the call; awaited is only its end.
+    pub(super) fn clear_space(self: &Arc<Self>) -> impl Future<Output = (bool, Vec<String>)> + use<> {
+        let was = self.clear_account();
+        let (control, removing) = (self.clone(), self.remove_ballast());
+        async move {
+            let (ballast, warnings) = removing.await;
+            let was = was || ballast;
+            if was {
+                control.ring().change("space", json!({"action": "cleared"}));
+            }
+            (was, warnings)
         }
-        (was, warnings)
     }
 
-    /// Removes the ballast: whether there was any, and that it takes its time.
-    async fn remove_ballast(&self) -> (bool, Vec<String>) {
+    /// Nothing of what was set refuses anything any more, nor what is being counted or filled.
+    fn clear_account(&self) -> bool {
+        self.core.ballast.cancel();
+        let mut requested = self.space.lock();
+        let was = requested.r#virtual.take().is_some() | !std::mem::take(&mut requested.quota).is_empty();
+        for part in Part::ALL {
+            requested.overtake(part);
+            requested.of(part).set += 1;
+        }
+        self.core.capacity.clear();
+        was
+    }
+
+    /// Removes the ballast, from now on: whether there was any, and that it takes its time.
+    fn remove_ballast(&self) -> impl Future<Output = (bool, Vec<String>)> + use<> {
         let core = self.core.clone();
-        let removing = helper(move || {
+        core.ballast.cancel();
+        // One that is refused because others hang is done by them.
+        let removing = self.looks.remove.ask(move || {
             core.ballast.remove(core.tree.backing()).unwrap_or_else(|error| {
                 tracing::error!(%error, "ballast could not be removed");
                 core.ring.change("space", json!({"action": "not_removed", "error": error.to_string()}));
                 true
             })
         });
-        match tokio::time::timeout(FORGET_LIMIT, removing).await {
-            Ok(was) => (was.unwrap_or(true), Vec::new()),
-            Err(_) => (true, vec!["the ballast is still being removed".to_string()]),
+        async move {
+            match tokio::time::timeout(FORGET_LIMIT, removing).await {
+                Ok(Ok(was)) => (was, Vec::new()),
+                _ => (true, vec!["the ballast is still being removed".to_string()]),
+            }
         }
     }
 
     /// Is the disk full, or being filled, with coredumps elsewhere?
-    pub(super) async fn ballast_redirects(&self) -> bool {
-        self.space.lock().await.ballast_redirects
+    pub(super) fn ballast_redirects(&self) -> bool {
+        self.space.lock().ballast_redirects
     }
 
     /// Does a capacity that is in force want coredumps elsewhere?
-    pub(super) async fn space_redirects(&self) -> bool {
-        let requested = self.space.lock().await;
-        requested.virtual_redirects() || (requested.ballast_redirects && self.core.ballast.status().is_some())
+    pub(super) fn space_redirects(&self) -> bool {
+        let requested = self.space.lock();
+        let (by_virtual, by_ballast) = (requested.virtual_redirects(), requested.ballast_redirects);
+        drop(requested);
+        by_virtual || (by_ballast && self.core.ballast.status().is_some())
     }
 
     fn clear_virtual(&self, requested: &mut Requested) {
         requested.r#virtual = None;
+        requested.of(Part::Virtual).set += 1;
         self.core.capacity.set(crate::space::Limits::default());
     }
 
-    async fn clear_part(&self, part: Part) {
-        match part {
-            Part::Virtual => self.clear_virtual(&mut *self.space.lock().await),
-            Part::Ballast => drop(self.remove_ballast().await),
-        }
-    }
-
     async fn set_virtual(self: &Arc<Self>, wanted: Option<(Virtual, Limits)>) -> Result<(), super::Problem> {
-        let life = wanted.as_ref().and_then(|(wanted, _)| duration(wanted.r#for.as_ref(), "").ok().flatten());
         let asked = wanted.as_ref().map(|(wanted, _)| serde_json::to_value(wanted).unwrap_or_default());
         match wanted {
-            None => self.clear_part(Part::Virtual).await,
-            Some((_, limits)) => {
-                let mut requested = self.space.lock().await;
-                // The life of what was set before ends here, though its clock may be waiting for the lock.
-                requested.settings[Part::Virtual as usize] += 1;
-                let core = self.core.clone();
-                helper(move || usage::set_capacity(&core, limits)).await?.map_err(not_counted)?;
-                requested.r#virtual = asked.clone();
+            None => {
+                let mut requested = self.space.lock();
+                requested.overtake(Part::Virtual);
+                self.clear_virtual(&mut requested);
+            }
+            Some((wanted, limits)) => {
+                let life = duration(wanted.r#for.as_ref(), "").ok().flatten();
+                let asked = asked.clone();
+                let set = move |control: &Arc<Control>, requested: &mut Requested, limits| {
+                    control.core.set_capacity(limits);
+                    requested.r#virtual = asked;
+                    control.begin_life(requested, Part::Virtual, life);
+                };
+                self.set_counted(Part::Virtual, move |core| usage::measure(core, limits), set).await?;
             }
         }
-        self.begin_life(Part::Virtual, life).await;
         self.ring().change("space", json!({"action": "set", "virtual": asked}));
         Ok(())
     }
 
     async fn set_quotas(self: &Arc<Self>, wanted: Vec<WantedQuota>, quotas: Quotas) -> Result<(), super::Problem> {
         let asked: Vec<Value> = wanted.iter().map(|quota| serde_json::to_value(quota).unwrap_or_default()).collect();
-        let mut requested = self.space.lock().await;
-        let core = self.core.clone();
-        helper(move || usage::set_quotas(&core, quotas)).await?.map_err(not_counted)?;
-        requested.quota = asked.clone();
-        drop(requested);
+        let count = move |core: &Core| usage::count(core, &quotas).map(|()| quotas);
+        let shown = asked.clone();
+        let set = move |control: &Arc<Control>, requested: &mut Requested, quotas| {
+            control.core.set_quotas(quotas);
+            requested.quota = shown;
+        };
+        self.set_counted(Part::Quota, count, set).await?;
         self.ring().change("space", json!({"action": "set", "quota": asked}));
         Ok(())
+    }
+
+    /// Counts, which may take long, and then sets what came of it, under the lock: if nobody has set or cleared the part
+    /// meanwhile, and the client is still there.
+    async fn set_counted<T>(
+        self: &Arc<Self>,
+        part: Part,
+        count: impl FnOnce(&Core) -> std::io::Result<T> + Send + 'static,
+        set: impl FnOnce(&Arc<Control>, &mut Requested, T) + Send + 'static,
+    ) -> Result<(), super::Problem> {
+        let coming = self.space.lock().overtake(part);
+        let _abandoned = Overtaken { control: self.clone(), part, coming };
+        let control = self.clone();
+        let counting = self.looks.count.ask(move || {
+            let counted = count(&control.core).map_err(not_counted)?;
+            let mut requested = control.space.lock();
+            if requested.of(part).coming != coming {
+                let detail = format!("{}: it was set anew or cleared before the tree was counted", part.word());
+                return Err(super::Problem::new(409, "conflict", detail));
+            }
+            set(&control, &mut requested, counted);
+            Ok(())
+        });
+        counting.await?
     }
 
     async fn set_ballast(self: &Arc<Self>, wanted: &WantedBallast, filling: Filling) -> Result<(), super::Problem> {
         let asked = serde_json::to_value(wanted).unwrap_or_default();
         if !filling.force {
             let (core, identity) = (self.core.clone(), self.identity.clone());
-            let shares = helper(move || {
+            let asking = self.looks.statfs.ask(move || {
                 let others = [Some(("/", Path::new("/"))), Some(("the socket", &identity.socket))];
                 let log = identity.log.as_deref().map(|log| ("the log", log));
                 others.into_iter().chain([log]).flatten().find(|(_, path)| is_same(&core, path)).map(|(name, _)| name)
             });
-            if let Some(name) = shares.await? {
+            let shares = tokio::time::timeout(LOOK_LIMIT, asking).await.map_err(|_| super::hangs())?;
+            if let Some(name) = shares? {
                 let detail = format!("the backing filesystem is also that of {name}");
                 return Err(super::Problem::new(409, "conflict", detail)
                     .hint("a filesystem of its own for the data, or force (--force) to fill this one"));
             }
         }
-        self.space.lock().await.ballast_redirects = wanted.redirect_coredumps;
+        self.space.lock().ballast_redirects = wanted.redirect_coredumps;
         let ticket = self.core.ballast.ticket();
         // A client that goes away does not want it any more.
         let mut abandoned = Abandoned(Some(self.core.clone()));
         let core = self.core.clone();
         let (target, deadline) = (filling.target, filling.deadline);
-        let filled = helper(move || {
+        let filled = self.looks.fill.ask(move || {
             let tell = |status: &Status| {
                 core.ring.change("space", json!({"action": "filling", "ballast": show_ballast(status)}));
             };
@@ -387,7 +464,7 @@ impl Control {
         abandoned.0 = None;
         match filled {
             Ok(status) => {
-                self.begin_life(Part::Ballast, filling.life).await;
+                self.begin_life(&mut self.space.lock(), Part::Ballast, filling.life);
                 let ballast = show_ballast(&status);
                 self.ring().change("space", json!({"action": "set", "ballast": ballast, "requested": asked}));
                 Ok(())
@@ -401,37 +478,45 @@ impl Control {
     }
 
     /// What was set ends after a time, unless it was set anew or cleared meanwhile.
-    async fn begin_life(self: &Arc<Self>, part: Part, life: Option<Duration>) {
-        let setting = {
-            let count = &mut self.space.lock().await.settings[part as usize];
-            *count += 1;
-            *count
-        };
+    fn begin_life(self: &Arc<Self>, requested: &mut Requested, part: Part, life: Option<Duration>) {
+        requested.of(part).set += 1;
+        let set = requested.of(part).set;
         let Some(life) = life else { return };
         let control = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(life).await;
-            let mut requested = control.space.lock().await;
-            if requested.settings[part as usize] != setting {
-                return;
-            }
-            match part {
-                Part::Virtual => control.clear_virtual(&mut requested),
-                Part::Ballast => {
-                    drop(requested);
+            if control.end(part, set) {
+                if part == Part::Ballast {
                     control.remove_ballast().await;
                 }
+                control.ring().change("space", json!({"action": "expired", "what": part.word()}));
             }
-            control.ring().change("space", json!({"action": "expired", "what": part.word()}));
         });
+    }
+
+    /// The life of what was set is over, if it is still that.
+    fn end(&self, part: Part, set: u64) -> bool {
+        let mut requested = self.space.lock();
+        let is_that = requested.of(part).set == set;
+        if is_that && part == Part::Virtual {
+            self.clear_virtual(&mut requested);
+        }
+        is_that
     }
 }
 
-impl Part {
-    fn word(self) -> &'static str {
-        match self {
-            Part::Virtual => "virtual",
-            Part::Ballast => "ballast",
+/// What is being counted is not wanted any more, once its client has gone away.
+struct Overtaken {
+    control: Arc<Control>,
+    part: Part,
+    coming: u64,
+}
+
+impl Drop for Overtaken {
+    fn drop(&mut self) {
+        let mut requested = self.control.space.lock();
+        if requested.of(self.part).coming == self.coming {
+            requested.overtake(self.part);
         }
     }
 }
@@ -529,7 +614,7 @@ pub async fn set(State(control): Shared, body: Body) -> Answer {
         match (&wanted.ballast, filling) {
             (Some(Some(wanted)), Some(filling)) => control.set_ballast(wanted, filling).await?,
             (Some(None), _) => {
-                control.clear_part(Part::Ballast).await;
+                control.remove_ballast().await;
                 control.ring().change("space", json!({"action": "set", "ballast": null}));
             }
             _ => {}

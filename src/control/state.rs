@@ -66,6 +66,7 @@ pub async fn reset(State(control): Shared, RawQuery(query): RawQuery, body: Body
     let rules = control.core.arming.remove(|_| true);
     let mode = control.core.arming.set_mode(Mode::AllowWrites, &Life::default(), control.ring().now_ns());
     control.core.follow_mode();
+    let clearing = control.clear_space();
     let held = control.core.parking.take(usize::MAX, |_| true);
     let released = held.len();
     control.core.resume(held, Ended::Removed);
@@ -76,7 +77,7 @@ pub async fn reset(State(control): Shared, RawQuery(query): RawQuery, body: Body
     let released_rules = rules.released.into_iter().chain(mode.released).collect();
     control.in_force(Changed { released: released_rules, ..Changed::default() }).await;
     control.set_mode(Mode::AllowWrites, Life::default()).await;
-    let (space, mut warnings) = control.clear_space().await;
+    let (space, mut warnings) = clearing.await;
     warnings.extend(control.give_coredumps_back().await);
     warnings.extend(unfired);
     control.core.holds.forget(None);

@@ -1,7 +1,8 @@
 //! How much the tree uses: for setting the capacity and quotas.
 //!
-//! Run by a helper of the control thread, and by a reader for a directory that moves over the border of a quota. Walks the backing directory by descriptors, without following symlinks or
-//! leaving its filesystem; the mount itself is never touched.
+//! Run by a helper of the control thread, and by a reader for a directory that moves over the border of a quota. Walks the
+//! backing directory by descriptors, without following symlinks or leaving its filesystem; the mount itself is never
+//! touched. Measuring sets nothing: what was measured may not be wanted any more.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
@@ -49,11 +50,11 @@ pub struct Wanted {
     pub late: bool,
 }
 
-/// Sets the capacity of the mount.
+/// What the limits of the mount would be.
 ///
 /// # Errors
 /// When the backing directory cannot be asked or counted.
-pub fn set_capacity(core: &Core, wanted: Wanted) -> io::Result<()> {
+pub fn measure(core: &Core, wanted: Wanted) -> io::Result<Limits> {
     let bytes = wanted.size.map(|size| total_and_free(core, size)).transpose()?;
     let total = bytes.map_or(0, |(total, _)| total);
     let reserve = match wanted.reserve {
@@ -62,22 +63,8 @@ pub fn set_capacity(core: &Core, wanted: Wanted) -> io::Result<()> {
         Some(Reserve::Percent(percent)) => (total as f64 * percent / 100.0) as u64,
     };
     let real = nix::sys::statvfs::fstatvfs(core.tree.backing())?;
-    let inodes = wanted.inodes.map(|free| ((real.files() - real.files_free()).saturating_add(free), free));
-    core.forget_usage();
-    core.capacity.set(Limits { bytes, reserve, inodes, late: wanted.late });
-    Ok(())
-}
-
-/// Sets the quotas of the mount, and counts what is used.
-///
-/// # Errors
-/// When the backing directory cannot be counted.
-pub fn set_quotas(core: &Core, quotas: Quotas) -> io::Result<()> {
-    // Counted first: from the moment that they are in force they refuse.
-    count(core, &quotas)?;
-    core.forget_usage();
-    core.capacity.set_quotas(quotas);
-    Ok(())
+    let inodes = wanted.inodes.map(|free| (real.files().saturating_sub(real.files_free()).saturating_add(free), free));
+    Ok(Limits { bytes, reserve, inodes, late: wanted.late })
 }
 
 /// Counts for each quota anew what is used.
@@ -101,8 +88,20 @@ pub fn count(core: &Core, quotas: &Quotas) -> io::Result<()> {
 }
 
 impl Core {
+    /// Sets what was measured.
+    pub fn set_capacity(&self, limits: Limits) {
+        self.forget_usage();
+        self.capacity.set(limits);
+    }
+
+    /// Sets quotas that were counted: from the moment that they are in force they refuse.
+    pub fn set_quotas(&self, quotas: Quotas) {
+        self.forget_usage();
+        self.capacity.set_quotas(quotas);
+    }
+
     /// From here on changes count as of what the files are now.
-    pub fn forget_usage(&self) {
+    fn forget_usage(&self) {
         for inode in self.tree.all() {
             inode.usage.forget(!inode.unlinked.load(Acquire));
         }
@@ -113,7 +112,8 @@ fn total_and_free(core: &Core, size: Size) -> io::Result<(u64, u64)> {
     Ok(match size {
         Size::Free(free) => {
             let real = nix::sys::statvfs::fstatvfs(core.tree.backing())?;
-            let used = (real.blocks() - real.blocks_free()) * real.fragment_size();
+            // Some tell more free than there is.
+            let used = real.blocks().saturating_sub(real.blocks_free()) * real.fragment_size();
             (used.saturating_add(free), free)
         }
         Size::Total(total) => (total, total.saturating_sub(used_bytes(core.tree.backing())?)),

@@ -301,7 +301,8 @@ impl Resolved {
     fn of(dir: &File, target: Target) -> io::Result<Resolved> {
         let now = fstatvfs(dir)?;
         let block = now.fragment_size();
-        let used = (now.blocks() - now.blocks_free()) * block;
+        // Some tell more free than there is.
+        let used = now.blocks().saturating_sub(now.blocks_free()) * block;
         // What `df` takes for all: without the blocks that are for root.
         let all = used + now.blocks_available() * block;
         let free = match target {

@@ -5,6 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
@@ -13,12 +14,14 @@ use std::time::{Duration, Instant};
 use nix::mount::MsFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{Mounted, Said, eventually, executable, is_alive, is_mounted, within};
+use crate::support::{Mounted, Said, eventually, executable, is_alive, is_mounted, request, within};
 
 /// Within this a hung system has failed, and a busy one has not.
 const SOON: Duration = Duration::from_secs(10);
+/// For what must not come, and would come at once.
+const HELD: Duration = Duration::from_millis(400);
 
 fn program(run_dir: &Path, words: &[&str]) -> Said {
     let mut command = Command::new(executable());
@@ -376,6 +379,74 @@ fn readers_are_not_exhausted_by_a_disk_that_hangs() {
         assert_eq!(std::fs::read(below.join("slow/write0/f")).unwrap()[..4096], [9; 4096]);
         slow.end();
     }
+}
+
+/// The client of a request that hangs, until it is dropped.
+fn asking(socket: &Path, method: &str, path: &str, body: &Value) -> UnixStream {
+    let (mut client, body) = (UnixStream::connect(socket).unwrap(), body.to_string());
+    let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}", body.len());
+    client.write_all(format!("{head}\r\nContent-Type: application/json\r\n\r\n{body}").as_bytes()).unwrap();
+    client
+}
+
+#[test]
+fn a_reset_resets_also_what_is_still_being_counted() {
+    let slow = OnSlowDisk::new();
+    let (disk, socket) = (slow.disk(), slow.disk().run_dir().join("upper.sock"));
+    std::fs::write(disk.backing.join("f"), vec![7; 1 << 16]).unwrap();
+    let (full, hang) =
+        (json!({"virtual": {"used": "100%"}}), json!({"match": {"ops": ["readdir"]}, "fault": {"kind": "stall"}}));
+    let say = |what: &str, method: &'static str, path: &'static str| {
+        let socket = socket.clone();
+        goes_on(what, move || request(&socket, method, path, (method == "POST").then(|| json!({})).as_ref()))
+    };
+    let parked = |count: u64| eventually("it counts", || disk.health("parked").as_u64() == Some(count));
+    disk.rule("hang", hang.clone());
+    let counting = {
+        let (socket, full) = (socket.clone(), full.clone());
+        std::thread::spawn(move || request(&socket, "PUT", "/v1/space", Some(&full)))
+    };
+    parked(1);
+    assert_eq!(say("status", "GET", "/v1/space").body["virtual"], Value::Null);
+    assert_eq!(say("reset", "POST", "/v1/reset").status, 200);
+    disk.reset();
+    let answer = within(SOON, || counting.join().unwrap()).expect("the count ends");
+    assert_eq!((answer.status, &answer.body["code"]), (409, &json!("conflict")), "{answer:?}");
+    let made = slow.path("made".into());
+    std::fs::write(&made, [5; 100_000]).expect("nothing is full");
+    // Of a client that has gone away nothing comes either.
+    disk.rule("hang", hang);
+    let client = asking(&socket, "PUT", "/v1/space", &full);
+    parked(1);
+    drop(client);
+    std::thread::sleep(HELD);
+    disk.reset();
+    parked(0);
+    std::thread::sleep(HELD);
+    std::fs::write(&made, [5; 200_000]).expect("nothing is full");
+    assert_eq!(say("status", "GET", "/v1/space").body["virtual"], Value::Null);
+    slow.end();
+}
+
+#[test]
+fn looks_at_a_disk_that_hangs_leave_helpers_for_the_others() {
+    let slow = OnSlowDisk::new();
+    let (disk, socket) = (slow.disk(), slow.disk().run_dir().join("upper.sock"));
+    disk.rule("hang", json!({"match": {"ops": ["statfs"]}, "fault": {"kind": "stall"}}));
+    let clients: Vec<UnixStream> = (0..600).map(|_| asking(&socket, "GET", "/v1/space", &Value::Null)).collect();
+    eventually("they hang", || disk.health("parked").as_u64() >= Some(16));
+    std::thread::sleep(HELD);
+    let put = |path: &'static str, body: Value| {
+        let socket = socket.clone();
+        goes_on(path, move || request(&socket, if path == "/v1/reset" { "POST" } else { "PUT" }, path, Some(&body)))
+    };
+    let rule = json!({"match": {"ops": ["read"]}, "fault": {"kind": "error", "errno": "EIO"}});
+    assert_eq!(put("/v1/rules/r", rule).body["pending"], json!([]));
+    assert_eq!(put("/v1/reset", json!({})).status, 200);
+    let shown = goes_on("status", move || request(&socket, "GET", "/v1/space", None));
+    assert_eq!((shown.status, &shown.body["statfs"]), (200, &Value::Null));
+    drop(clients);
+    slow.end();
 }
 
 /// Does something, which must not hang.
