@@ -327,6 +327,34 @@ fn nothing_stays_parked_by_a_rule_that_is_gone() {
     mounted.end();
 }
 
+/// The names of a daemon's threads.
+fn threads(mounted: &Mounted, name: &str) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", mounted.pid)).unwrap().flatten();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+    names.filter(|comm| comm.trim() == name).count()
+}
+
+#[test]
+fn for_two_requests_at_a_time_there_are_not_hundreds_of_workers() {
+    let mounted = Mounted::new();
+    let files = ["a", "b"].map(|name| File::create(mounted.path(name)).unwrap());
+    mounted.rule("lat", json!({"match": {"ops": ["write"]}, "fault": {"kind": "latency", "delay": "100us"}}));
+    let until = Instant::now() + Duration::from_secs(3);
+    std::thread::scope(|scope| {
+        for file in &files {
+            scope.spawn(move || {
+                while Instant::now() < until {
+                    file.write_all_at(b"x", 0).unwrap();
+                }
+            });
+        }
+    });
+    let workers = threads(&mounted, "worker");
+    assert!(workers <= 32, "{workers} workers");
+    drop(files);
+    mounted.end();
+}
+
 #[test]
 fn a_set_that_disables_a_stall_lets_go_what_it_holds() {
     let mounted = Mounted::new();
