@@ -39,7 +39,7 @@ use tokio::sync::{Notify, Semaphore};
 use crate::event::{Cursor, Ring};
 use crate::fault::{Op, Rule};
 use crate::fs::mount::{Holder, How};
-use crate::fs::{Changed, Core, Ended, kernel_cache};
+use crate::fs::{Changed, Core, kernel_cache};
 use crate::host::Machine;
 use problem::Problem;
 pub use redirect::lease_of;
@@ -357,6 +357,8 @@ impl Control {
     /// Does what a change of the rules leaves to be done: parked requests of rules that are gone go on, and the kernel
     /// forgets what could hide the new ones.
     async fn in_force(self: &Arc<Self>, changed: Changed) -> InForce {
+        self.core.let_go(changed.released.iter());
+        self.core.parking.wake_clock();
         let mut warnings: Vec<String> = changed.armed.iter().filter_map(|rule| never_met(rule)).collect();
         if self.core.passthrough.is_some() {
             let (core, armed) = (self.core.clone(), changed.armed.clone());
@@ -369,11 +371,6 @@ impl Control {
 
     /// Gives what could not be forgotten in time.
     async fn make_forget(&self, changed: Changed) -> Vec<String> {
-        for rule in &changed.released {
-            let held = self.core.parking.take(usize::MAX, |parked| parked.is_held_by(&rule.name));
-            self.core.resume(held, Ended::Removed);
-        }
-        self.core.parking.wake_clock();
         let traces = changed.released.into_iter().filter(|rule| kernel_cache::leaves_traces(rule));
         let rules: Vec<_> = changed.armed.into_iter().chain(traces).collect();
         if !kernel_cache::can_hide(&rules) {

@@ -59,10 +59,7 @@ fn turn(core: &Arc<Core>, from_ns: u64, to_ns: u64) {
         }
     }
     core.follow_mode();
-    for rule in ended.iter().chain(&asleep) {
-        let held = core.parking.take(usize::MAX, |parked| parked.is_held_by(&rule.name));
-        core.resume(held, Ended::Removed);
-    }
+    core.let_go(ended.iter().chain(&asleep));
     let traces = ended.into_iter().filter(|rule| kernel_cache::leaves_traces(rule));
     let rules: Vec<_> = woken.into_iter().chain(traces).collect();
     if kernel_cache::can_hide(&rules) {

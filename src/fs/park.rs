@@ -45,8 +45,15 @@ pub struct Parked {
 }
 
 impl Parked {
-    pub fn is_held_by(&self, rule: &str) -> bool {
-        self.rules.iter().any(|held| &*held.name == rule)
+    /// Does a rule of this name hold it?
+    pub fn is_held_by(&self, name: &str) -> bool {
+        self.rules.iter().any(|held| &*held.name == name)
+    }
+
+    /// Does this very rule hold it? One that has taken its place under the name is another; one that says the same, and counts
+    /// on, is not.
+    pub fn is_of(&self, rule: &Rule) -> bool {
+        self.rules.iter().any(|held| Arc::ptr_eq(&held.counters, &rule.counters))
     }
 }
 

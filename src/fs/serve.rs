@@ -261,6 +261,12 @@ impl Core {
         }
     }
 
+    /// Lets go what rules hold that are out of force.
+    pub fn let_go<'a>(self: &Arc<Self>, rules: impl Iterator<Item = &'a Arc<Rule>> + Clone) {
+        let held = self.parking.take(usize::MAX, |parked| rules.clone().any(|rule| parked.is_of(rule)));
+        self.resume(held, Ended::Removed);
+    }
+
     /// Lets parked requests go on, each on a thread where waiting is harmless.
     pub fn resume(self: &Arc<Self>, parked: Vec<Parked>, how: Ended) {
         for parked in parked {

@@ -16,7 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::{Mounted, Said, eventually, executable, is_alive, is_mounted, request, within};
+use crate::support::{Mounted, Response, Said, eventually, executable, is_alive, is_mounted, request, within};
 
 /// Within this a hung system has failed, and a busy one has not.
 const SOON: Duration = Duration::from_secs(10);
@@ -291,10 +291,15 @@ struct OnSlowDisk {
 
 impl OnSlowDisk {
     fn new() -> OnSlowDisk {
+        OnSlowDisk::with(&[])
+    }
+
+    /// With more options of `mount` for the one above.
+    fn with(options: &[&str]) -> OnSlowDisk {
         let disk = Mounted::new();
         let mountpoint = disk.aside("upper");
         let words = ["mount", "--instance", "upper", disk.mountpoint.to_str().unwrap(), mountpoint.to_str().unwrap()];
-        let said = program(&disk.run_dir(), &words);
+        let said = program(&disk.run_dir(), &[&words, options].concat());
         assert_eq!(said.code, 0, "{said:?}");
         OnSlowDisk { disk: Some(disk), mountpoint }
     }
@@ -305,6 +310,17 @@ impl OnSlowDisk {
 
     fn path(&self, name: String) -> PathBuf {
         self.mountpoint.join(name)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.disk().run_dir().join("upper.sock")
+    }
+
+    /// One request to the mount above, which must not hang.
+    fn say(&self, method: &'static str, path: &'static str, body: Value) -> Response {
+        let socket = self.socket();
+        let body = (method != "GET").then_some(body);
+        goes_on(path, move || request(&socket, method, path, body.as_ref()))
     }
 
     fn end(mut self) {
@@ -392,14 +408,10 @@ fn asking(socket: &Path, method: &str, path: &str, body: &Value) -> UnixStream {
 #[test]
 fn a_reset_resets_also_what_is_still_being_counted() {
     let slow = OnSlowDisk::new();
-    let (disk, socket) = (slow.disk(), slow.disk().run_dir().join("upper.sock"));
+    let (disk, socket) = (slow.disk(), slow.socket());
     std::fs::write(disk.backing.join("f"), vec![7; 1 << 16]).unwrap();
-    let (full, hang) =
-        (json!({"virtual": {"used": "100%"}}), json!({"match": {"ops": ["readdir"]}, "fault": {"kind": "stall"}}));
-    let say = |what: &str, method: &'static str, path: &'static str| {
-        let socket = socket.clone();
-        goes_on(what, move || request(&socket, method, path, (method == "POST").then(|| json!({})).as_ref()))
-    };
+    let full = json!({"virtual": {"used": "100%"}});
+    let hang = json!({"match": {"ops": ["readdir"]}, "fault": {"kind": "stall"}});
     let parked = |count: u64| eventually("it counts", || disk.health("parked").as_u64() == Some(count));
     disk.rule("hang", hang.clone());
     let counting = {
@@ -407,8 +419,8 @@ fn a_reset_resets_also_what_is_still_being_counted() {
         std::thread::spawn(move || request(&socket, "PUT", "/v1/space", Some(&full)))
     };
     parked(1);
-    assert_eq!(say("status", "GET", "/v1/space").body["virtual"], Value::Null);
-    assert_eq!(say("reset", "POST", "/v1/reset").status, 200);
+    assert_eq!(slow.say("GET", "/v1/space", json!({})).body["virtual"], Value::Null);
+    assert_eq!(slow.say("POST", "/v1/reset", json!({})).status, 200);
     disk.reset();
     let answer = within(SOON, || counting.join().unwrap()).expect("the count ends");
     assert_eq!((answer.status, &answer.body["code"]), (409, &json!("conflict")), "{answer:?}");
@@ -424,28 +436,55 @@ fn a_reset_resets_also_what_is_still_being_counted() {
     parked(0);
     std::thread::sleep(HELD);
     std::fs::write(&made, [5; 200_000]).expect("nothing is full");
-    assert_eq!(say("status", "GET", "/v1/space").body["virtual"], Value::Null);
+    assert_eq!(slow.say("GET", "/v1/space", json!({})).body["virtual"], Value::Null);
     slow.end();
 }
 
 #[test]
 fn looks_at_a_disk_that_hangs_leave_helpers_for_the_others() {
     let slow = OnSlowDisk::new();
-    let (disk, socket) = (slow.disk(), slow.disk().run_dir().join("upper.sock"));
+    let (disk, socket) = (slow.disk(), slow.socket());
     disk.rule("hang", json!({"match": {"ops": ["statfs"]}, "fault": {"kind": "stall"}}));
     let clients: Vec<UnixStream> = (0..600).map(|_| asking(&socket, "GET", "/v1/space", &Value::Null)).collect();
     eventually("they hang", || disk.health("parked").as_u64() >= Some(16));
     std::thread::sleep(HELD);
-    let put = |path: &'static str, body: Value| {
-        let socket = socket.clone();
-        goes_on(path, move || request(&socket, if path == "/v1/reset" { "POST" } else { "PUT" }, path, Some(&body)))
-    };
     let rule = json!({"match": {"ops": ["read"]}, "fault": {"kind": "error", "errno": "EIO"}});
-    assert_eq!(put("/v1/rules/r", rule).body["pending"], json!([]));
-    assert_eq!(put("/v1/reset", json!({})).status, 200);
-    let shown = goes_on("status", move || request(&socket, "GET", "/v1/space", None));
+    assert_eq!(slow.say("PUT", "/v1/rules/r", rule).body["pending"], json!([]));
+    assert_eq!(slow.say("POST", "/v1/reset", json!({})).status, 200);
+    let shown = slow.say("GET", "/v1/space", json!({}));
     assert_eq!((shown.status, &shown.body["statfs"]), (200, &Value::Null));
     drop(clients);
+    slow.end();
+}
+
+/// While a change waits for what is under way, the new rule may hold something already.
+#[test]
+fn a_rule_that_takes_the_place_of_another_keeps_what_it_holds_itself() {
+    let slow = OnSlowDisk::with(&["--passthrough", "/none"]);
+    let disk = slow.disk();
+    std::fs::write(disk.backing.join("big"), vec![7; 1 << 16]).unwrap();
+    let file = File::create(slow.path("f".into())).unwrap();
+    let stall = |seed: u64| json!({"match": {"ops": ["write"]}, "trigger": {"seed": seed}, "fault": {"kind": "stall"}});
+    slow.say("PUT", "/v1/rules/s", stall(1));
+    disk.rule("hang", json!({"match": {"ops": ["read"], "path": "/big"}, "fault": {"kind": "stall"}}));
+    let big = slow.path("big".into());
+    let read = std::thread::spawn(move || std::fs::read(big));
+    eventually("a read is under way", || disk.health("parked").as_u64() >= Some(1));
+    let socket = slow.socket();
+    let second = stall(2);
+    let putting = std::thread::spawn(move || request(&socket, "PUT", "/v1/rules/s", Some(&second)));
+    let new = || slow.say("GET", "/v1/rules/s", json!({})).body["trigger"]["seed"] == 2;
+    eventually("the new rule is in force", new);
+    let write = std::thread::spawn(move || file.write_all_at(b"x", 0));
+    let parked = || slow.say("GET", "/v1/health", json!({})).body["parked"].as_u64();
+    eventually("it holds a write", || parked() == Some(1));
+    within(SOON, || putting.join().unwrap()).expect("the change is answered");
+    std::thread::sleep(HELD);
+    let held = (parked(), write.is_finished());
+    slow.say("POST", "/v1/reset", json!({}));
+    assert_eq!(held, (Some(1), false));
+    disk.reset();
+    within(SOON, move || (read.join().unwrap().unwrap(), write.join().unwrap().unwrap())).expect("all go on");
     slow.end();
 }
 
