@@ -24,6 +24,7 @@ mod state;
 use std::ops::Deref;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -32,7 +33,7 @@ use axum::Router;
 use axum::extract::{FromRef, State};
 use axum::http::Uri;
 use axum::routing::{get, post};
-use crossbeam_channel::Sender;
+use crossbeam_channel::{RecvTimeoutError, Sender};
 use serde_json::Value;
 use tokio::sync::{Notify, Semaphore};
 
@@ -359,25 +360,19 @@ impl Control {
     async fn in_force(self: &Arc<Self>, changed: Changed) -> InForce {
         self.core.let_go(changed.released.iter());
         self.core.parking.wake_clock();
-        let mut warnings: Vec<String> = changed.armed.iter().filter_map(|rule| never_met(rule)).collect();
-        if self.core.passthrough.is_some() {
-            let (core, armed) = (self.core.clone(), changed.armed.clone());
-            warnings.extend(helper(move || unreached(&core, &armed)).await.unwrap_or_default());
+        let Changed { armed, released } = changed;
+        let mut warnings: Vec<String> = armed.iter().filter_map(|rule| never_met(rule)).collect();
+        let traces = released.into_iter().filter(|rule| kernel_cache::leaves_traces(rule));
+        let hidden: Vec<_> = armed.iter().cloned().chain(traces).collect();
+        let mut pending = Vec::new();
+        if self.core.passthrough.is_some() || kernel_cache::can_hide(&hidden) {
+            let core = self.core.clone();
+            let settled = helper(move || settle(&core, &armed, &hidden)).await.unwrap_or_default();
+            warnings.extend(settled.warnings);
+            pending = settled.pending;
         }
-        let pending = self.make_forget(changed).await;
         warnings.extend(self.give_coredumps_back().await);
         InForce { pending, warnings }
-    }
-
-    /// Gives what could not be forgotten in time.
-    async fn make_forget(&self, changed: Changed) -> Vec<String> {
-        let traces = changed.released.into_iter().filter(|rule| kernel_cache::leaves_traces(rule));
-        let rules: Vec<_> = changed.armed.into_iter().chain(traces).collect();
-        if !kernel_cache::can_hide(&rules) {
-            return Vec::new();
-        }
-        let core = self.core.clone();
-        helper(move || forget(&core, rules)).await.unwrap_or_default()
     }
 }
 
@@ -388,10 +383,14 @@ fn never_met(rule: &Rule) -> Option<String> {
     Some(format!("rule {:?}: {word:?} never arrives: {reason}", rule.name))
 }
 
-/// What new rules cannot reach: of the files that were opened before, on a helper thread.
-fn unreached(core: &Core, armed: &[Arc<Rule>]) -> Vec<String> {
-    core.readers.wait(FORGET_LIMIT);
-    armed.iter().filter_map(|rule| warning(core, rule)).collect()
+/// On a helper thread, with one limit for all of it: waits for what began before the change, looks what new rules cannot reach
+/// of the files that were opened before, and makes the kernel forget what could hide them.
+fn settle(core: &Arc<Core>, armed: &[Arc<Rule>], hidden: &[Arc<Rule>]) -> InForce {
+    let until = Instant::now() + FORGET_LIMIT;
+    kernel_cache::wait_for_earlier(core);
+    let warnings = armed.iter().filter_map(|rule| warning(core, rule)).collect();
+    let pending = if kernel_cache::can_hide(hidden) { forget(core, hidden, until) } else { Vec::new() };
+    InForce { pending, warnings }
 }
 
 fn warning(core: &Core, rule: &Rule) -> Option<String> {
@@ -407,6 +406,7 @@ fn warning(core: &Core, rule: &Rule) -> Option<String> {
 }
 
 /// How far a change has come when it is answered.
+#[derive(Default)]
 struct InForce {
     /// What the kernel still has; an event tells when not.
     pending: Vec<String>,
@@ -422,21 +422,21 @@ impl InForce {
     }
 }
 
-/// On a helper thread: makes the kernel forget, with a limit.
-fn forget(core: &Arc<Core>, armed: Vec<Arc<Rule>>) -> Vec<String> {
-    let (ring, names) = (core.ring.clone(), armed.iter().map(|rule| rule.name.to_string()).collect::<Vec<_>>());
-    let late = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let (was_late, in_force) = (late.clone(), names.clone());
-    let cleaning = kernel_cache::clean(core, armed, move || {
-        if was_late.load(std::sync::atomic::Ordering::Acquire) {
+/// Makes the kernel forget, and gives what it could not be made to in time: of that an event tells when it is done.
+fn forget(core: &Arc<Core>, rules: &[Arc<Rule>], until: Instant) -> Vec<String> {
+    let (ring, names) = (core.ring.clone(), rules.iter().map(|rule| rule.name.to_string()).collect::<Vec<_>>());
+    // Of the end and the limit, the later one tells.
+    let over = Arc::new(AtomicBool::new(false));
+    let (was_over, in_force) = (over.clone(), names.clone());
+    let cleaning = kernel_cache::clean(core, rules, move || {
+        if was_over.swap(true, AcqRel) {
             for name in in_force {
                 ring.change("rule", serde_json::json!({"rule": name, "action": "in_force"}));
             }
         }
     });
-    match cleaning.done().recv_timeout(FORGET_LIMIT) {
-        Err(crossbeam_channel::RecvTimeoutError::Timeout) => {
-            late.store(true, std::sync::atomic::Ordering::Release);
+    match cleaning.done().recv_deadline(until) {
+        Err(RecvTimeoutError::Timeout) if !over.swap(true, AcqRel) => {
             let left = cleaning.left();
             vec![format!("{left} files whose cached contents or names a waiting request holds ({})", names.join(", "))]
         }

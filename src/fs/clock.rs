@@ -63,9 +63,7 @@ fn turn(core: &Arc<Core>, from_ns: u64, to_ns: u64) {
     let traces = ended.into_iter().filter(|rule| kernel_cache::leaves_traces(rule));
     let rules: Vec<_> = woken.into_iter().chain(traces).collect();
     if kernel_cache::can_hide(&rules) {
-        // It waits for requests under way, and the clock must not.
-        let cleaner = core.clone();
-        core.workers.run(move || drop(kernel_cache::clean(&cleaner, rules, || ())));
+        kernel_cache::turned(core, rules);
     }
 }
 

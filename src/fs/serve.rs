@@ -25,6 +25,7 @@ use super::facts::Request;
 use super::files::Files;
 use super::hold::{Holds, OfCut, Piece};
 use super::inode::Inode;
+use super::kernel_cache::Cleaners;
 use super::limits;
 use super::park::{Parked, Parking, Pending};
 use super::process;
@@ -51,6 +52,8 @@ pub struct Core {
     /// What really fills the backing filesystem.
     pub ballast: Ballast,
     pub workers: Workers,
+    /// What makes the kernel forget.
+    pub cleaners: Cleaners,
     pub readers: Readers,
     /// Says to the kernel what it must no longer believe. Set once the session runs; never used by a reader.
     pub notifier: OnceLock<fuser::Notifier>,
@@ -88,6 +91,7 @@ impl Core {
             capacity: Capacity::default(),
             ballast: Ballast::default(),
             workers: Workers::default(),
+            cleaners: Cleaners::default(),
             readers: Readers::default(),
             notifier: OnceLock::new(),
             device: OnceLock::new(),
@@ -498,13 +502,6 @@ impl Core {
     pub fn paths_of(&self, parked: &Parked) -> [Option<Arc<[u8]>>; 2] {
         let Pending { caller, call, .. } = &parked.pending;
         Request::new(self, caller, call).paths(parked.rules.first().map(|rule| &**rule))
-    }
-
-    /// Does a request for this file wait?
-    pub fn is_parked(&self, ino: u64) -> bool {
-        let mut parked = false;
-        self.parking.each(|_, one| parked |= one.pending.call.ino() == ino);
-        parked
     }
 
     /// The files for which requests wait.

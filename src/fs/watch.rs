@@ -29,7 +29,10 @@ pub fn run(core: &Arc<Core>, stop: &Receiver<()>) {
         // One handle a file is enough, looked up when its turn comes: meanwhile it may be closed.
         let files = core.files.all().into_iter().filter(|(_, file)| !file.by_kernel && file.inode.is_regular());
         let handles: HashMap<u64, u64> = files.map(|(fh, file)| (file.inode.id, fh)).collect();
-        handles.values().filter_map(|fh| core.files.get(*fh).ok()).for_each(|file| look_at(core, &file));
+        // The kernel would keep us waiting for as long as the request waits.
+        let held = core.parked_files();
+        let free = handles.into_iter().filter(|(ino, _)| !held.contains(ino));
+        free.filter_map(|(_, fh)| core.files.get(fh).ok()).for_each(|file| look_at(core, &file));
         if core.tree.shrink() {
             trims = TRIMS;
         }
@@ -41,10 +44,6 @@ pub fn run(core: &Arc<Core>, stop: &Receiver<()>) {
 }
 
 fn look_at(core: &Core, file: &OpenFile) {
-    // The kernel would keep us waiting for as long as the request waits.
-    if core.is_parked(file.inode.id) {
-        return;
-    }
     let ours = file.inode.changed.load(Acquire);
     let Ok(stat) = stat(&file.file) else { return };
     let same = file.inode.stamp(&stat);

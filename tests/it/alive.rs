@@ -457,6 +457,38 @@ fn looks_at_a_disk_that_hangs_leave_helpers_for_the_others() {
     slow.end();
 }
 
+/// What is under way in the disk is waited for, then files that are passed through are looked at, then the kernel has to
+/// forget what a parked request holds: all of it in two seconds.
+#[test]
+fn a_change_is_answered_in_time_whatever_hangs() {
+    let slow = OnSlowDisk::with(&["--passthrough", "/none"]);
+    let disk = slow.disk();
+    for name in ["big", "held"] {
+        std::fs::write(disk.backing.join(name), vec![7; 1 << 16]).unwrap();
+    }
+    let on = |path: &str, fault: Value| json!({"match": {"ops": ["read"], "path": path}, "fault": fault});
+    disk.rule("hang", on("/big", json!({"kind": "stall"})));
+    slow.say("PUT", "/v1/rules/hang", on("/held", json!({"kind": "stall"})));
+    let hung = ["big", "held"].map(|name| {
+        let path = slow.path(name.into());
+        std::thread::spawn(move || std::fs::read(path))
+    });
+    eventually("one hangs in the disk", || disk.health("parked").as_u64() >= Some(1));
+    let parked = || slow.say("GET", "/v1/health", json!({})).body["parked"].as_u64();
+    eventually("one is parked", || parked() >= Some(1));
+    let start = Instant::now();
+    let answer = slow.say("PUT", "/v1/rules/e", on("/held", json!({"kind": "error", "errno": "EIO"})));
+    let took = start.elapsed();
+    slow.say("POST", "/v1/reset", json!({}));
+    disk.reset();
+    for one in hung {
+        let _ = within(SOON, move || one.join().unwrap()).expect("it goes on");
+    }
+    assert_eq!(answer.body["pending"].as_array().map(Vec::len), Some(1), "{answer:?}");
+    assert!(took < Duration::from_millis(4500), "{took:?}");
+    slow.end();
+}
+
 /// While a change waits for what is under way, the new rule may hold something already.
 #[test]
 fn a_rule_that_takes_the_place_of_another_keeps_what_it_holds_itself() {

@@ -291,6 +291,74 @@ fn what_could_not_be_cleaned_in_time_is_told() {
     mounted.end();
 }
 
+/// Lets go whom a test that fails has left parked.
+struct LetGo<'a>(&'a Mounted);
+
+impl Drop for LetGo<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.try_cli(&["reset"]);
+    }
+}
+
+#[test]
+fn of_several_changes_that_a_waiting_request_holds_up_each_is_told_and_in_force_when_it_goes_on() {
+    let mounted = Mounted::new();
+    std::fs::create_dir(mounted.backing.join("dir")).unwrap();
+    let (held, _known) = (file(&mounted, "held"), file(&mounted, "dir/known"));
+    for (op, path, hangs) in [("read", "/held", held), ("lookup", "/dir/*", mounted.path("dir/new"))] {
+        let _let_go = LetGo(&mounted);
+        assert!(mounted.path("dir/known").exists());
+        mounted.rule(
+            "hang",
+            json!({"match": {"ops": [op], "path": path}, "trigger": {"times": 1}, "fault": {"kind": "stall"}}),
+        );
+        let hung = hanging(move || std::fs::read(hangs));
+        eventually("it is parked", || parked(&mounted) >= 1);
+        let names = ["one", "two"].map(|name| format!("{op}-{name}"));
+        for name in &names {
+            let answer = mounted.error_rule(name, op, path, "EIO", None);
+            assert_eq!(answer["pending"].as_array().map(Vec::len), Some(1), "{answer}");
+        }
+        mounted.cli(&["rule", "rm", "hang"]);
+        let _ = hung.join().unwrap();
+        let in_force = |name: &String| {
+            mounted.events().iter().any(|event| event["action"] == "in_force" && event["rule"] == **name)
+        };
+        eventually("both are in force", || names.iter().all(in_force));
+        let failed = match op {
+            "read" => std::fs::read(mounted.path("held")).map(drop),
+            _ => std::fs::metadata(mounted.path("dir/known")).map(drop),
+        };
+        assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EIO), "{op}");
+        mounted.reset();
+    }
+    mounted.end();
+}
+
+#[test]
+fn a_rule_that_comes_and_goes_starts_no_thread_for_each_time() {
+    let mounted = Mounted::new();
+    let (held, other) = (file(&mounted, "held"), file(&mounted, "other"));
+    stall(&mounted, "read", "/held");
+    let let_go = LetGo(&mounted);
+    let read = hanging(move || std::fs::read(held));
+    eventually("a parked read", || parked(&mounted) >= 1);
+    let cycle = json!({"up": "10ms", "down": "10ms"});
+    let eio = json!({"kind": "error", "errno": "EIO"});
+    mounted.rule("flap", json!({"match": {"ops": ["read"]}, "trigger": cycle, "fault": eio}));
+    let until = Instant::now() + Duration::from_secs(3);
+    let mut failed = 0;
+    while Instant::now() < until {
+        failed += u32::from(std::fs::read(&other).is_err());
+    }
+    let cleaners = threads(&mounted, "kernel-cache");
+    drop(let_go);
+    let _ = read.join().unwrap();
+    assert!(cleaners <= 16, "{cleaners} threads");
+    assert!(failed > 0, "the cache hides no turn of other files");
+    mounted.end();
+}
+
 /// Between a decision and its parking the rule may go: then nothing is held by it.
 #[test]
 fn nothing_stays_parked_by_a_rule_that_is_gone() {
