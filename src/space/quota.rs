@@ -56,7 +56,8 @@ impl Quota {
     fn take(&self, need: u64, block: u64) -> u64 {
         let mut taken = 0;
         let _ = self.used.fetch_update(AcqRel, Acquire, |used| {
-            let there = (self.limit as i64).saturating_sub(used).max(0) as u64 / block * block;
+            let limit = i64::try_from(self.limit).unwrap_or(i64::MAX);
+            let there = limit.saturating_sub(used).max(0) as u64 / block * block;
             taken = need.min(there);
             (taken > 0).then_some(used + taken as i64)
         });
@@ -149,6 +150,14 @@ mod tests {
         assert_eq!(quotas.take(0b101, 40, 10), 30);
         assert_eq!(quotas.iter().map(Quota::free).collect::<Vec<_>>(), [50, 0, 0]);
         assert_eq!(quotas.take(0, 40, 10), 40, "no quota, no limit");
+    }
+
+    #[test]
+    fn a_quota_beyond_any_disk_refuses_nothing() {
+        for limit in [8 << 60, u64::MAX] {
+            let quotas = Quotas::new(vec![Quota::new(limit, None, None)]);
+            assert_eq!(quotas.take(1, 40_960, 4096), 40_960, "{limit}");
+        }
     }
 
     #[test]
