@@ -1,8 +1,8 @@
 //! The daemon: from the options to a mount that serves, and to its end.
 //!
-//! Runs on the main thread, which then waits (`serving`). Threads: the readers (fuser's), workers and helpers as they are needed, the clock, the watch, the control
-//! thread.
-//! Whatever is started here is stopped here, in the opposite order, from every state.
+//! Runs on the main thread, which then waits (`serving`). Threads: the readers (fuser's), workers and helpers as they
+//! are needed, the clock, the watch, the control thread. Whatever is started here is stopped here, in the opposite
+//! order, from every state.
 
 pub mod machine;
 mod mounted;
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, never, unbounded};
 use globset::{GlobSet, GlobSetBuilder};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -370,8 +370,32 @@ fn wait_for_signals(signals: SigSet) -> Receiver<()> {
             }
         }
     });
-    if let Err(error) = started {
-        tracing::error!(%error, "no thread for signals: only umount ends this mount");
+    signals_from(started.map(drop), receiver)
+}
+
+/// Without a thread nothing ever comes: a receiver that nobody sends to would be ready at once, and end what is served.
+fn signals_from(started: io::Result<()>, receiver: Receiver<()>) -> Receiver<()> {
+    match started {
+        Ok(()) => receiver,
+        Err(error) => {
+            tracing::error!(%error, "no thread for signals: only a client ends this daemon, or umount its mount");
+            never()
+        }
     }
-    receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_thread_for_signals_none_is_taken_to_have_come() {
+        let (sender, receiver) = unbounded();
+        drop(sender);
+        let signalled = signals_from(Err(io::Error::from_raw_os_error(libc::EAGAIN)), receiver);
+        assert_eq!(signalled.try_recv(), Err(crossbeam_channel::TryRecvError::Empty));
+        let (sender, receiver) = unbounded();
+        sender.send(()).unwrap();
+        assert_eq!(signals_from(Ok(()), receiver).try_recv(), Ok(()));
+    }
 }

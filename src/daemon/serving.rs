@@ -65,9 +65,10 @@ impl Serving {
             drop(sender);
             result
         });
+        let session = session.map_err(cannot)?;
         let stop_clock = Arc::new(AtomicBool::new(false));
         let (clocked, stop) = (core.clone(), stop_clock.clone());
-        let clock = thread("clock").spawn(move || clock::run(&clocked, &stop));
+        let clock = thread("clock").spawn(move || clock::run(&clocked, &stop)).map_err(cannot)?;
         let (stop_watch, stop) = bounded(0);
         let watched = core.clone();
         thread("watch").spawn(move || watch::run(&watched, &stop)).map_err(cannot)?;
@@ -75,7 +76,7 @@ impl Serving {
         let some = Some(core.clone());
         let control =
             control::start(listener, some, guard.machine.clone(), identity.clone(), unmount).map_err(cannot)?;
-        // From here on it ends in order.
+        // From here on it ends in order; before, whatever fails detaches the mount.
         let mountpoint = place.keep();
         Ok(Serving {
             core,
@@ -83,8 +84,8 @@ impl Serving {
             mountpoint,
             minor,
             ended,
-            session: session.map_err(cannot)?,
-            clock: clock.map_err(cannot)?,
+            session,
+            clock,
             stop_clock,
             stop_watch,
             guard,
