@@ -108,12 +108,14 @@ impl Readers {
     /// Are all other readers in the middle of a request? Never on a thread that is no reader.
     pub fn is_last_free(&self) -> bool {
         let count = self.count.load(Relaxed);
-        if OWN.get().is_none() || count <= 1 || self.taken.load(Relaxed) < count {
+        let Some(own) = OWN.get().filter(|_| count > 1 && self.taken.load(Relaxed) >= count) else {
             // Of one reader nothing else was wanted, and who has not taken a slot has never had a request.
             return false;
-        }
-        // The caller's own slot is among the busy ones.
-        self.slots[..count].iter().all(|slot| slot.0.load(Acquire) & BUSY != 0)
+        };
+        // The caller's own slot is among the busy ones. Each begins at its own: they do not all look at the first
+        // one's.
+        let (before, after) = self.slots[..count].split_at(own.min(count));
+        after.iter().chain(before).all(|slot| slot.0.load(Acquire) & BUSY != 0)
     }
 
     /// To be held by a telling request that leaves its reader, from before it does until it is answered.
