@@ -383,8 +383,8 @@ fn never_met(rule: &Rule) -> Option<String> {
     Some(format!("rule {:?}: {word:?} never arrives: {reason}", rule.name))
 }
 
-/// On a helper thread, with one limit for all of it: waits for what began before the change, looks what new rules cannot reach
-/// of the files that were opened before, and makes the kernel forget what could hide them.
+/// On a helper thread, with one limit for all of it: waits for what began before the change, looks what new rules
+/// cannot reach of the files that were opened before, and makes the kernel forget what could hide them.
 fn settle(core: &Arc<Core>, armed: &[Arc<Rule>], hidden: &[Arc<Rule>]) -> InForce {
     let until = Instant::now() + FORGET_LIMIT;
     kernel_cache::wait_for_earlier(core);

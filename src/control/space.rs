@@ -302,8 +302,8 @@ impl Control {
         each.collect()
     }
 
-    /// Everything that was set is gone, and the ballast on its way: whether there was any, and what could not be removed in
-    /// time. All of that is begun by the call; awaited is only its end.
+    /// Everything that was set is gone, and the ballast on its way: whether there was any, and what could not be
+    /// removed in time. All of that is begun by the call; awaited is only its end.
     pub(super) fn clear_space(self: &Arc<Self>) -> impl Future<Output = (bool, Vec<String>)> + use<> {
         let was = self.clear_account();
         let (control, removing) = (self.clone(), self.remove_ballast());
@@ -405,8 +405,8 @@ impl Control {
         Ok(())
     }
 
-    /// Counts, which may take long, and then sets what came of it, under the lock: if nobody has set or cleared the part
-    /// meanwhile, and the client is still there.
+    /// Counts, which may take long, and then sets what came of it, under the lock: if nobody has set or cleared the
+    /// part meanwhile, and the client is still there.
     async fn set_counted<T>(
         self: &Arc<Self>,
         part: Part,

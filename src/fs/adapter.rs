@@ -2,7 +2,7 @@
 //!
 //! Runs on the readers. Each handler names the request and its way back, and hands both to [`Core::serve`]; a handler
 //! that panics answers `EIO` (the reply does, when it is dropped) and its reader goes on. Never answers `ENOSYS`, which
-//! the kernel remembers for the life of the mount.
+//! the kernel remembers for the life of the mount; but for `poll`, where it shall.
 
 use std::borrow::Cow;
 use std::ffi::OsStr;

@@ -3,8 +3,8 @@
 //! On threads of its own, because the kernel blocks such a notice while a request for the same pages or names is open
 //! (parked, for instance); never by a reader, the control thread or the clock. At one file, or at the names of one
 //! directory, is one thread at a time: who comes meanwhile leaves it to that one, which then does it once more. So no
-//! more threads hang than files and directories are held, however often the rules change. Locks are held for a look at a
-//! table. Costs about two microseconds a file.
+//! more threads hang than files and directories are held, however often the rules change. Locks are held for a look at
+//! a table. Costs about two microseconds a file.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -166,15 +166,16 @@ fn wants_names(rule: &Rule) -> bool {
     rule.place.ops.has(Op::Lookup) || rule.faults().any(fails_after)
 }
 
-/// Waits until requests that began before a change are through: what they bring the kernel may keep. For at most a second.
+/// Waits until requests that began before a change are through: what they bring the kernel may keep. For at most a
+/// second.
 pub fn wait_for_earlier(core: &Core) {
     if !core.readers.wait(UNDER_WAY) {
         tracing::warn!("a request of before the change is still under way: what it brings may be kept by the kernel");
     }
 }
 
-/// Goes through all known files that the rules are about, on another thread, and calls `finished` at the end. To be called
-/// when earlier requests are through.
+/// Goes through all known files that the rules are about, on another thread, and calls `finished` at the end. To be
+/// called when earlier requests are through.
 pub fn clean(core: &Arc<Core>, rules: &[Arc<Rule>], finished: impl FnOnce() + Send + Sync + 'static) -> Cleaning {
     let (_done, done) = bounded::<()>(0);
     let (files, wants) = meant(core, rules);
@@ -189,8 +190,8 @@ pub fn clean(core: &Arc<Core>, rules: &[Arc<Rule>], finished: impl FnOnce() + Se
     Cleaning { left, done }
 }
 
-/// For the clock, which must not wait: cleans for rules that have turned. Turns that come while others are cleaned for are
-/// cleaned for together.
+/// For the clock, which must not wait: cleans for rules that have turned. Turns that come while others are cleaned for
+/// are cleaned for together.
 pub fn turned(core: &Arc<Core>, rules: Vec<Arc<Rule>>) {
     let mut turned = core.cleaners.turned.lock();
     if let Some(others) = &mut *turned {
@@ -235,8 +236,8 @@ fn clean_for_turns(core: &Arc<Core>, rules: &[Arc<Rule>]) {
     let _ = ended.recv_timeout(TURN);
 }
 
-/// The known files that rules are about, and what the kernel is to forget of them. Files that a parked request holds come
-/// last, so that they keep no other from being done.
+/// The known files that rules are about, and what the kernel is to forget of them. Files that a parked request holds
+/// come last, so that they keep no other from being done.
 fn meant(core: &Core, rules: &[Arc<Rule>]) -> (Vec<Arc<Inode>>, Wants) {
     let mut files: Vec<_> = core.tree.all().into_iter().filter(|inode| is_meant(inode, rules)).collect();
     let held = core.parked_files();

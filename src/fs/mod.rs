@@ -1,9 +1,10 @@
 //! The filesystem: FUSE requests over the backing directory. The hot path.
 //!
 //! Readers (fuser's threads) run [`adapter`] and [`serve`]; [`workers`] run what waits; the clock ([`clock`]) lets
-//! delayed requests go. Knows nothing of HTTP, JSON or the syntax of rules. Lock order: none; each lock here is held
-//! alone, for a few instructions, and never across a system call, but for the undo log of a file (see
-//! [`crate::durability`]).
+//! delayed requests go. Knows nothing of HTTP; of JSON only what the clock tells the stream, and of the
+//! syntax of rules only what [`arming`] writes for those that nobody has sent: a mode's, and the capacity's. Lock
+//! order: none; each lock here is held alone, for a few instructions, and never across a system call, but for the undo
+//! log of a file (see [`crate::durability`]).
 
 mod account;
 pub mod adapter;

@@ -50,8 +50,8 @@ impl Parked {
         self.rules.iter().any(|held| &*held.name == name)
     }
 
-    /// Does this very rule hold it? One that has taken its place under the name is another; one that says the same, and counts
-    /// on, is not.
+    /// Does this very rule hold it? One that has taken its place under the name is another; one that says the same, and
+    /// counts on, is not.
     pub fn is_of(&self, rule: &Rule) -> bool {
         self.rules.iter().any(|held| Arc::ptr_eq(&held.counters, &rule.counters))
     }

@@ -4,8 +4,8 @@
 //! later, Documentation/filesystems/fuse/fuse-passthrough.rst) binds us: all open handles of a file are passed through or
 //! none is, with one backing id for all of them that lives until the last is closed; and what is passed through cannot be
 //! taken back. We see nothing of its reads, writes and mappings; fsync, truncate, fallocate, names and attributes come to
-//! us as ever. So a file that a fault is wanted for is not passed through: a rule on its data, a capacity, dropped writes; nor is one
-//! with suid or sgid.
+//! us as ever. So a file that a fault is wanted for is not passed through: a rule on its data, a capacity, dropped
+//! writes; nor is one with suid or sgid.
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -1,8 +1,8 @@
 //! How much the tree uses: for setting the capacity and quotas.
 //!
-//! Run by a helper of the control thread, and by a reader for a directory that moves over the border of a quota. Walks the
-//! backing directory by descriptors, without following symlinks or leaving its filesystem; the mount itself is never
-//! touched. Measuring sets nothing: what was measured may not be wanted any more.
+//! Run by a helper of the control thread, and by a reader for a directory that moves over the border of a quota. Walks
+//! the backing directory by descriptors, without following symlinks or leaving its filesystem; the mount itself is
+//! never touched. Measuring sets nothing: what was measured may not be wanted any more.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};

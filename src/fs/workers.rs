@@ -1,8 +1,8 @@
 //! Threads on which waiting is harmless: for what the last free reader has read, and for parked requests that go on.
 //!
-//! A thread is started when a job comes and there are fewer threads than jobs that are not done, up to a limit; it ends when
-//! it has been idle for a while. So each job has a thread, or comes next when one is free. Normal reads and writes never
-//! come here. The lock is held to put a job in the queue or to take one out, and never while a job is done.
+//! A thread is started when a job comes and there are fewer threads than jobs that are not done, up to a limit; it ends
+//! when it has been idle for a while. So each job has a thread, or comes next when one is free. Normal reads and writes
+//! never come here. The lock is held to put a job in the queue or to take one out, and never while a job is done.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -29,8 +29,8 @@ struct Shared {
     more: Condvar,
 }
 
-/// While something is in the queue, there are as many threads as jobs, or as many as there may be: a thread ends only when
-/// nothing is.
+/// While something is in the queue, there are as many threads as jobs, or as many as there may be: a thread ends only
+/// when nothing is.
 #[derive(Default)]
 struct State {
     queue: VecDeque<Job>,
@@ -53,8 +53,9 @@ impl Workers {
 
     /// Runs a job on some thread, soon. A job that panics takes nothing with it.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) {
+        let job: Job = Box::new(job);
         let mut state = self.shared.state.lock();
-        state.queue.push_back(Box::new(job));
+        state.queue.push_back(job);
         state.jobs += 1;
         let starts = state.threads < state.jobs.min(self.most);
         state.threads += usize::from(starts);

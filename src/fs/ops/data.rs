@@ -1,7 +1,7 @@
 //! Contents: open, read, write, copy, allocate, sync.
 //!
 //! The write is the hot path: from the handle straight to `pwrite`, unless something about the file or the mount asks
-//! for more (a capacity, an undo log), which two relaxed loads tell.
+//! for more (a capacity, an undo log), which a few loads tell of what nobody changes then.
 
 use std::ffi::{CStr, OsStr};
 use std::fs::File;

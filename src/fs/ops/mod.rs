@@ -1,9 +1,9 @@
 //! The operations themselves, on the backing directory.
 //!
 //! One file for each sort: [`names`] (what changes or reads directories), [`attributes`] (stat, chmod, xattrs, statfs),
-//! [`data`] (read, write, allocate, sync), and [`altered`] for what a rule wants done otherwise. All run on the thread that serves the request, take no lock across a system
-//! call (but for the undo log of a file, see `durability`), and answer with an errno rather than an error of any other
-//! type: the caller is a kernel.
+//! [`data`] (read, write, allocate, sync), and [`altered`] for what a rule wants done otherwise. All run on the thread
+//! that serves the request, take no lock across a system call (but for the undo log of a file, see `durability`), and
+//! answer with an errno rather than an error of any other type: the caller is a kernel.
 
 mod altered;
 pub mod attributes;
