@@ -21,6 +21,8 @@ pub struct Arming {
     concerned: AtomicU64,
     /// Could a rule act on what the kernel answers from what it keeps of names or attributes?
     cached: AtomicBool,
+    /// Could a rule tell an error to a write?
+    owes: AtomicBool,
     plan: ArcSwap<Plan>,
     set: Mutex<Set>,
     seed: u64,
@@ -63,6 +65,7 @@ impl Arming {
         Arming {
             concerned: AtomicU64::new(0),
             cached: AtomicBool::new(false),
+            owes: AtomicBool::new(false),
             plan: ArcSwap::from_pointee(Plan::new(0, Vec::new())),
             set: Mutex::default(),
             seed,
@@ -82,6 +85,11 @@ impl Arming {
     /// Could a rule act on something that the kernel answers from what it keeps of names or attributes, or tell it wrong ones?
     pub fn concerns_cached(&self) -> bool {
         self.cached.load(Acquire)
+    }
+
+    /// Could a rule tell an error to a write? Only then it has to be known which pieces of a call came before.
+    pub fn owes(&self) -> bool {
+        self.owes.load(Acquire)
     }
 
     pub fn plan(&self) -> arc_swap::Guard<Arc<Plan>> {
@@ -300,12 +308,20 @@ impl Arming {
         let cached =
             [Op::Lookup, Op::Getattr].into_iter().any(|op| plan.may_act_on(op)) || plan.rules.iter().any(wrong);
         self.cached.store(cached, Release);
+        let owes = |rule: &Arc<Rule>| rule.may_concern(Op::Write) && rule.faults().any(may_fail);
+        self.owes.store(plan.rules.iter().any(owes), Release);
         self.plan.store(Arc::new(plan));
         self.concerned.store(concerned, Release);
         // Who sees that a rule of the old plan is out of force finds the new one.
         let out = changed.armed.iter().filter(|rule| !is_in_force(rule)).chain(&changed.released);
         out.for_each(|rule| rule.counters.retire(true));
     }
+}
+
+/// Can a request be told an error because of it? A write whose old bytes find no room is, too.
+fn may_fail(fault: &Fault) -> bool {
+    use Fault::{Attr, Full, Kill, Latency, Throttle};
+    !matches!(fault, Latency(_) | Throttle(_) | Kill { .. } | Attr(_) | Full)
 }
 
 /// A problem of the i-th rule of a set.
@@ -340,4 +356,36 @@ fn succeed(mut rule: Rule, old: Option<&Rule>, now_ns: u64) -> Rule {
         }
     }
     rule
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_rule_that_can_fail_a_write_owes_it_an_error() {
+        for (rest, owes) in [
+            (r#""match":{"ops":["write"]},"fault":{"kind":"latency","delay":"1ms"}"#, false),
+            (r#""match":{"ops":["write"]},"fault":{"kind":"drop"}"#, true),
+            (r#""match":{"ops":["write"]},"fault":{"kind":"throttle","ops_per_second":10}"#, false),
+            (r#""match":{"ops":["fsync"]},"fault":{"kind":"error","errno":"EIO"}"#, false),
+            (r#""match":{"ops":["write"]},"fault":{"kind":"error","errno":"EIO"}"#, true),
+            (r#""match":{"ops":["write"]},"fault":{"kind":"error","errno":"EIO"},"enabled":false"#, false),
+            (r#""match":{"ops":["data"]},"fault":{"kind":"error","errno":"EIO","timing":"after"}"#, true),
+            (r#""fault":{"kind":"stall","then":"error"},"match":{"ops":["write"]}"#, true),
+            (r#""fault":{"kind":"torn","keep":10,"then":"error"}"#, true),
+        ] {
+            let arming = Arming::new(1);
+            let spec = serde_json::from_str(&format!(r#"{{"name":"r",{rest}}}"#)).unwrap();
+            arming.put(spec, 0).unwrap_or_else(|problems| panic!("{rest}: {problems:?}"));
+            assert_eq!(arming.owes(), owes, "{rest}");
+            arming.remove(|_| true);
+            assert!(!arming.owes());
+        }
+        let arming = Arming::new(1);
+        for (mode, owes) in [(Mode::ErrorWrites, true), (Mode::ErrorReads, false), (Mode::Enospc, false)] {
+            arming.set_mode(mode, &Life::default(), 0);
+            assert_eq!(arming.owes(), owes, "{mode:?}");
+        }
+    }
 }

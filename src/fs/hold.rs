@@ -9,7 +9,7 @@
 //! any order. What a failed read leaves behind is pages in the kernel's cache without contents: their next read comes
 //! once and not twice.
 //!
-//! Used by readers while a rule is armed on reads or writes, and while something is owed. The lock is held for a look
+//! Used by readers while a rule is armed that can fail a write, while one fires, and while something is owed. The lock is held for a look
 //! at short lists; procfs is read outside it.
 
 use std::collections::HashMap;

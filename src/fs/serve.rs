@@ -150,7 +150,9 @@ impl Core {
             // The kernel makes reads and writes of it, and rules see those.
             return reply.error(libc::EOPNOTSUPP);
         }
-        self.note_passed(&caller, &call);
+        if self.arming.owes() || self.holds.any() {
+            self.note_passed(&caller, &call);
+        }
         self.proceed(caller, call, reply, None);
     }
 
