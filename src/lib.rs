@@ -30,7 +30,7 @@
 //! | `control` | 1 | HTTP and the event stream | its clients |
 //! | `watch` | 1 | once a second: what others changed below us, memory to give back | the backing filesystem, readers |
 //! | `machine` | 1 | ends what was done to the machine when its time has come, hears what other daemons do to it | tools of the system |
-//! | `helper`, `kernel-cache` | as needed | what could block: cleaning the kernel's caches, evicting, counting | readers |
+//! | `helper`, `kernel-cache` | as needed, at most 512 and 256 | what could block: cleaning the kernel's caches, evicting, counting | readers |
 //! | main, `signals` | 2 | the beginning and the end | all |
 //!
 //! # Locks

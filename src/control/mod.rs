@@ -3,7 +3,7 @@
 //! One thread of its own, a single-threaded tokio runtime, never in the hot path. It never touches the mount and takes
 //! no lock that a reader holds across a system call, so it answers while everything else hangs; what could wait (making
 //! the kernel forget, evicting, counting a tree, unmounting) is done by helper threads that it awaits. Those are few
-//! enough to run out: of what may hang with the backing filesystem only so much is under way at a time ([`Look`]).
+//! enough to run out: of what may hang with the backing filesystem only so much is under way at a time (`Look`).
 //!
 //! One file for each resource: bytes in, a call of the filesystem's own functions, a document out.
 

@@ -431,6 +431,7 @@ impl Control {
 
     async fn set_ballast(self: &Arc<Self>, wanted: &WantedBallast, filling: Filling) -> Result<(), super::Problem> {
         let asked = serde_json::to_value(wanted).unwrap_or_default();
+        let ticket = self.core.ballast.ticket();
         if !filling.force {
             let (core, identity) = (self.core.clone(), self.identity.clone());
             let asking = self.looks.statfs.ask(move || {
@@ -446,7 +447,6 @@ impl Control {
             }
         }
         self.space.lock().ballast_redirects = wanted.redirect_coredumps;
-        let ticket = self.core.ballast.ticket();
         // A client that goes away does not want it any more.
         let mut abandoned = Abandoned(Some(self.core.clone()));
         let core = self.core.clone();
