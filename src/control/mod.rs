@@ -362,6 +362,8 @@ impl Control {
         self.core.parking.wake_clock();
         let Changed { armed, released } = changed;
         let mut warnings: Vec<String> = armed.iter().filter_map(|rule| never_met(rule)).collect();
+        let mountpoint = self.core.mountpoint.get();
+        warnings.extend(mountpoint.into_iter().flat_map(|place| armed.iter().filter_map(|rule| outside(rule, place))));
         let traces = released.into_iter().filter(|rule| kernel_cache::leaves_traces(rule));
         let hidden: Vec<_> = armed.iter().cloned().chain(traces).collect();
         let mut pending = Vec::new();
@@ -381,6 +383,14 @@ fn never_met(rule: &Rule) -> Option<String> {
     let mut words = rule.spec.r#match.ops.iter();
     let (word, reason) = words.find_map(|word| Some((word, Op::why_never(word)?)))?;
     Some(format!("rule {:?}: {word:?} never arrives: {reason}", rule.name))
+}
+
+/// Does its path look like one of the host, with the mountpoint before it?
+fn outside(rule: &Rule, mountpoint: &std::path::Path) -> Option<String> {
+    let path = rule.spec.r#match.path.as_ref()?;
+    let below = std::path::Path::new(path).strip_prefix(mountpoint).ok()?.display();
+    let name = &rule.name;
+    Some(format!("rule {name:?}: paths begin below the mountpoint, and {path:?} at that of the host: \"/{below}\"?"))
 }
 
 /// On a helper thread, with one limit for all of it: waits for what began before the change, looks what new rules
@@ -437,8 +447,12 @@ fn forget(core: &Arc<Core>, rules: &[Arc<Rule>], until: Instant) -> Vec<String> 
     });
     match cleaning.done().recv_deadline(until) {
         Err(RecvTimeoutError::Timeout) if !over.swap(true, AcqRel) => {
-            let left = cleaning.left();
-            vec![format!("{left} files whose cached contents or names a waiting request holds ({})", names.join(", "))]
+            let mut held = kernel_cache::held(core, rules);
+            let more = cleaning.left().saturating_sub(held.len());
+            if more > 0 {
+                held.push(format!("{more} files of {} that something else holds", names.join(", ")));
+            }
+            held
         }
         _ => Vec::new(),
     }

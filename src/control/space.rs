@@ -381,6 +381,9 @@ impl Control {
                 let life = duration(wanted.r#for.as_ref(), "").ok().flatten();
                 let asked = asked.clone();
                 let set = move |control: &Arc<Control>, requested: &mut Requested, limits| {
+                    if requested.r#virtual != asked {
+                        control.core.arming.renew_space(control.ring().now_ns());
+                    }
                     control.core.set_capacity(limits);
                     requested.r#virtual = asked;
                     control.begin_life(requested, Part::Virtual, life);
@@ -397,6 +400,9 @@ impl Control {
         let count = move |core: &Core| usage::count(core, &quotas).map(|()| quotas);
         let shown = asked.clone();
         let set = move |control: &Arc<Control>, requested: &mut Requested, quotas| {
+            if requested.quota != shown {
+                control.core.arming.renew_space(control.ring().now_ns());
+            }
             control.core.set_quotas(quotas);
             requested.quota = shown;
         };

@@ -246,6 +246,14 @@ fn meant(core: &Core, rules: &[Arc<Rule>]) -> (Vec<Arc<Inode>>, Wants) {
     (files, Wants { pages: any(wants_pages), attributes: any(wants_attributes), names: any(wants_names) })
 }
 
+/// The paths of those files that a parked request holds, so that they cannot be cleaned now.
+pub fn held(core: &Core, rules: &[Arc<Rule>]) -> Vec<String> {
+    let held = core.parked_files();
+    let (files, _) = meant(core, rules);
+    let path = |inode: &Arc<Inode>| String::from_utf8_lossy(&inode.path(core.tree.version())).into_owned();
+    files.iter().filter(|inode| held.contains(&inode.id)).map(path).collect()
+}
+
 /// Any path below a directory counts for its names: a lookup is made in the directory.
 fn is_meant(inode: &Arc<Inode>, rules: &[Arc<Rule>]) -> bool {
     if rules.iter().any(|rule| !rule.has_path()) {

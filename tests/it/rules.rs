@@ -436,3 +436,14 @@ fn a_mode_is_shown_with_how_long_it_was_to_last_and_how_long_it_still_does() {
     assert_eq!((&shown["for"], &shown["remaining"]), (&Value::Null, &Value::Null), "{shown}");
     mounted.end();
 }
+
+#[test]
+fn a_path_of_the_host_is_told_to_be_none_of_the_mount() {
+    let mounted = Mounted::new();
+    let host = mounted.path("wal/**");
+    let told = mounted.error_rule("a", "write", host.to_str().unwrap(), "EIO", None);
+    let warning = told["warnings"][0].as_str().unwrap_or_default();
+    assert!(warning.contains("\"/wal/**\""), "{told}");
+    assert_eq!(mounted.error_rule("a", "write", "/wal/**", "EIO", None)["warnings"], json!([]));
+    mounted.end();
+}

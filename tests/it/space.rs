@@ -788,3 +788,24 @@ fn storm(root: &std::path::Path, seed: u64) {
         }
     }
 }
+
+#[test]
+fn the_refusals_of_another_capacity_are_counted_from_0() {
+    let mounted = Mounted::new();
+    let refused = || std::fs::write(mounted.path("f"), [0; 4096]).unwrap_err().raw_os_error();
+    let counted = || mounted.http("GET", "/v1/rules/space", None).body["injections"].clone();
+    assert_eq!(mounted.http("GET", "/v1/rules/space", None).status, 404, "nothing is limited");
+    mounted.cli(&["space", "virtual", "--free", "0"]);
+    assert_eq!((refused(), counted()), (Some(libc::ENOSPC), json!(1)));
+    mounted.cli(&["space", "virtual", "--free", "0"]);
+    assert_eq!(counted(), json!(1), "the same capacity goes on counting");
+    mounted.reset();
+    let ended = mounted.http("GET", "/v1/rules/space/wait?for=100ms", None);
+    assert_eq!(ended.body["fired"], json!(true), "what has fired has fired: {ended:?}");
+    mounted.cli(&["space", "virtual", "--free", "0"]);
+    assert_eq!(counted(), json!(0));
+    let waited = mounted.http("GET", "/v1/rules/space/wait?for=100ms", None);
+    assert_eq!(waited.body["fired"], json!(false), "{waited:?}");
+    mounted.reset();
+    mounted.end();
+}
