@@ -300,6 +300,8 @@ fn come_and_go(mounted: &Mounted, done: &AtomicBool, changes: &AtomicU32) {
     let mut next = Instant::now();
     for number in 0_u32.. {
         if done.load(Acquire) {
+            // The last one goes too: the next round begins with none.
+            mounted.http("DELETE", &format!("/v1/rules/churn-{}", (number + 9) % 10), None);
             return;
         }
         let name = format!("churn-{}", number % 10);
