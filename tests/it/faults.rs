@@ -445,7 +445,8 @@ fn a_latency_is_added_to_what_it_matches_and_to_nothing_else() {
         start.elapsed()
     };
     assert!(timed("slow") >= Duration::from_millis(300));
-    assert!(timed("fast") < Duration::from_millis(300));
+    let fastest = (0..5).map(|_| timed("fast")).min().unwrap();
+    assert!(fastest < Duration::from_millis(300), "{fastest:?}");
     let events = mounted.injections("wait");
     assert_eq!(events.len(), 1);
     assert_eq!(events[0]["delay_ns"], 300_000_000);

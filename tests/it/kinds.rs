@@ -275,8 +275,8 @@ fn fio_measures_the_throughput_to_which_writes_are_throttled() {
         ("two files, which share it", &["--direct=1", "--numjobs=2", "--group_reporting"]),
     ];
     for (name, options) in arms {
-        let done = fio(&mounted, "write", &[&["--bs=64k", "--size=64m", "--fallocate=none"], options].concat());
-        assert_near(&done["bw_bytes"], 4_194_304.0, name);
+        let options = [&["--bs=64k", "--size=64m", "--fallocate=none"], options].concat();
+        assert_near(4_194_304.0, name, || fio(&mounted, "write", &options)["bw_bytes"].clone());
     }
     assert!(!mounted.injections("slow").is_empty());
     mounted.end();
@@ -289,8 +289,8 @@ fn fio_measures_the_operations_each_second_to_which_reads_are_throttled() {
     // fio would write it first.
     fs::write(mounted.backing.join("job.0.0"), vec![7; 1 << 20]).expect("a file");
     throttle(&mounted, "read", json!({"ops_per_second": 200, "burst": 10}));
-    let done = fio(&mounted, "read", &["--direct=1", "--rw=randread", "--bs=4k", "--size=1m"]);
-    assert_near(&done["iops"], 200.0, "random reads");
+    let options = ["--direct=1", "--rw=randread", "--bs=4k", "--size=1m"];
+    assert_near(200.0, "random reads", || fio(&mounted, "read", &options)["iops"].clone());
     assert!(!mounted.injections("slow").is_empty());
     mounted.end();
 }
@@ -311,10 +311,16 @@ fn fio(mounted: &Mounted, direction: &str, options: &[&str]) -> Value {
     json.unwrap_or_else(|| panic!("{text}"))["jobs"][0][direction].clone()
 }
 
-fn assert_near(measured: &Value, wanted: f64, what: &str) {
-    let measured = measured.as_f64().unwrap_or_else(|| panic!("{what}: {measured}"));
-    println!("{what}: {measured}, {wanted} wanted");
-    assert!((0.8..=1.2).contains(&(measured / wanted)), "{what}: {measured}, {wanted} wanted");
+/// It is never faster than that. It may be slower when the machine stands still: best of three.
+fn assert_near(wanted: f64, what: &str, mut measure: impl FnMut() -> Value) {
+    let reached = (0..3).any(|_| {
+        let measured = measure();
+        let measured = measured.as_f64().unwrap_or_else(|| panic!("{what}: {measured}"));
+        println!("{what}: {measured}, {wanted} wanted");
+        assert!(measured / wanted <= 1.2, "{what}: {measured}, {wanted} wanted");
+        measured / wanted >= 0.8
+    });
+    assert!(reached, "{what}: three times slower than {wanted}");
 }
 
 /// <https://git-scm.com/docs/index-format>: a file whose size is not that of the index has changed, whatever is in it.

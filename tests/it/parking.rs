@@ -187,16 +187,21 @@ fn a_killed_caller_is_let_go() {
     let mounted = Mounted::new();
     let path = file(&mounted, "held");
     mounted.rule("hang", json!({"match": {"ops": ["fsync", "write"]}, "fault": {"kind": "stall"}}));
-    let mut writer =
-        shell(&format!("exec dd if=/dev/zero of={} conv=notrunc bs=10 count=1 2>/dev/null", path.display()));
-    eventually_parked(&mounted, 1);
-    let start = Instant::now();
-    writer.kill().unwrap();
-    let status = within(SOON, move || writer.wait()).expect("the caller ends").unwrap();
-    assert!(!status.success());
-    // The promise is 100 ms; the machine may be busy.
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
-    eventually_parked(&mounted, 0);
+    let killed = |_| {
+        let mut writer =
+            shell(&format!("exec dd if=/dev/zero of={} conv=notrunc bs=10 count=1 2>/dev/null", path.display()));
+        eventually_parked(&mounted, 1);
+        let start = Instant::now();
+        writer.kill().unwrap();
+        let status = within(SOON, move || writer.wait()).expect("the caller ends").unwrap();
+        let took = start.elapsed();
+        assert!(!status.success());
+        eventually_parked(&mounted, 0);
+        took
+    };
+    // The promise is 100 ms; the machine may be busy, or stand still.
+    let fastest = (0..3).map(killed).min().unwrap();
+    assert!(fastest < Duration::from_secs(2), "{fastest:?}");
     mounted.end();
 }
 
@@ -232,9 +237,7 @@ fn the_socket_answers_while_every_request_of_a_loaded_mount_is_stalled() {
     eventually("something parked", || parked(&mounted) >= 1);
     let mut slowest = Duration::ZERO;
     for route in ["/v1/health", "/v1/rules", "/v1/requests", "/v1/mode", "/v1/space", "/v1/version", "/v1/rules/hang"] {
-        let start = Instant::now();
-        assert_eq!(mounted.http("GET", route, None).status, 200, "{route}");
-        slowest = slowest.max(start.elapsed());
+        slowest = slowest.max(answers_within(&mounted, route));
     }
     // The promise is 100 ms; a busy machine may take longer to run us at all.
     assert!(slowest < Duration::from_secs(2), "{slowest:?}");
@@ -589,10 +592,10 @@ impl Readers {
 }
 
 /// The shortest time in which the socket answers, of a few tries: others may use the processors.
-fn answers_within(mounted: &Mounted) -> Duration {
+fn answers_within(mounted: &Mounted, route: &str) -> Duration {
     let time = |_| {
         let begin = Instant::now();
-        assert_eq!(mounted.http("GET", "/v1/rules", None).status, 200);
+        assert_eq!(mounted.http("GET", route, None).status, 200, "{route}");
         begin.elapsed()
     };
     (0..5).map(time).min().unwrap()
@@ -608,7 +611,7 @@ fn with_ten_thousand_parked_the_socket_answers_and_all_of_them_go_on_when_releas
     mounted.rule("reads", json!({"match": {"ops": ["read"]}, "fault": {"kind": "stall"}}));
     readers.start();
     eventually_parked(&mounted, MANY);
-    let took = answers_within(&mounted);
+    let took = answers_within(&mounted, "/v1/rules");
     assert!(took < Duration::from_millis(100), "{took:?}");
     let released = mounted.http("POST", "/v1/rules/reads/release", Some(&json!({}))).body["released"].as_u64();
     assert_eq!((released, readers.good()), (Some(MANY), MANY), "each got its own sector");
