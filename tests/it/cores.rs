@@ -403,7 +403,7 @@ fn what_a_killed_client_and_a_killed_daemon_leave_is_restored() {
     eventually("the client has redirected", || mounts() == 2);
     kill(Pid::from_raw(client.0.id() as i32), Signal::SIGKILL).expect("a signal");
     eventually("its lease has ended", || mounts() == 1);
-    guest.cli(&["redirect", "--for", "2s"]);
+    guest.cli(&["redirect", "--for", "10s"]);
     guest.fill();
     let pid = crash_one();
     await_core(&guest.fallback(), pid);

@@ -62,17 +62,19 @@ fn delays_are_added_to_what_they_are_for() {
         act();
         began.elapsed()
     };
+    // The machine may stand still in one of them.
+    let fastest = |act: &dyn Fn()| (0..3).map(|_| took(act)).min().expect("three");
     let write = || assert!(write_block(device, 0, b'a'));
     let read = || assert!(read_block(device, 0).is_some());
     bench.mode(&["delay", "--write", "1s"]);
-    let (slow, fast) = (took(&write), took(&read));
+    let (slow, fast) = (took(&write), fastest(&read));
     println!("write {slow:?}, read {fast:?}");
     assert!(slow >= Duration::from_secs(1) && fast < Duration::from_millis(900), "write {slow:?}, read {fast:?}");
-    bench.mode(&["delay", "--read", "1s", "--for", "4s"]);
-    let (fast, slow) = (took(&write), took(&read));
+    bench.mode(&["delay", "--read", "1s", "--for", "10s"]);
+    let (fast, slow) = (fastest(&write), took(&read));
     assert!(slow >= Duration::from_secs(1) && fast < Duration::from_millis(900), "write {fast:?}, read {slow:?}");
     crate::support::eventually("the time has passed", || bench.status()["mode"] == "allow_writes");
-    assert!(took(&read) < Duration::from_millis(900));
+    assert!(fastest(&read) < Duration::from_millis(900));
     bench.end();
 }
 

@@ -108,7 +108,7 @@ fn a_time_ends_also_when_the_daemon_that_was_told_is_killed() {
     let bench = Bench::new();
     bench.create_mounted();
     let file = bench.path("mnt/file");
-    bench.mode(&["error_writes", "--for", "1s"]);
+    bench.mode(&["error_writes", "--for", "6s"]);
     assert!(write_synced(&file, "not").is_err());
     eventually("the time has passed", || bench.status()["mode"] == "allow_writes");
     bench.cli(&["device", "cut", "d0"]);
@@ -120,7 +120,7 @@ fn a_time_ends_also_when_the_daemon_that_was_told_is_killed() {
         fs::create_dir(bench.path(name)).expect("a directory");
     }
     bench.cli(&["mount", &bench.word("backing"), &bench.word("fuse"), "--instance", "n1"]);
-    bench.cli(&["-H", "n1", "device", "mode", "d0", "error_writes", "--for", "3s"]);
+    bench.cli(&["-H", "n1", "device", "mode", "d0", "error_writes", "--for", "10s"]);
     bench.kill("n1");
     assert!(write_synced(&file, "not").is_err());
     bench.cli(&["umount", &bench.word("fuse")]);
