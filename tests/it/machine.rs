@@ -93,8 +93,8 @@ fn it_ends_by_a_signal_and_after_a_kill_the_next_one_starts() {
 #[test]
 fn one_that_is_not_needed_any_more_ends_by_itself() {
     let place = Place::new();
-    let pid = place.start(&["--while-needed"]);
     let began = Instant::now();
+    let pid = place.start(&["--while-needed"]);
     assert!(is_alive(pid));
     eventually("its end", || !is_alive(pid));
     assert!(began.elapsed() > Duration::from_secs(2), "who started it had no time to say why");
