@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use crate::support::{Mounted, Response, Said, eventually, executable, is_alive, is_mounted, request, within};
 
 /// Within this a hung system has failed, and a busy one has not.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 /// For what must not come, and would come at once.
 const HELD: Duration = Duration::from_millis(400);
 
@@ -256,7 +256,8 @@ fn a_second_start_is_refused_by_whatever_way_it_comes_and_the_first_is_untouched
                     program(&run, &["umount", to.to_str().unwrap()]);
                 }
                 assert!(said.code == 1 && said.err.contains("error: ") && said.err.contains("hint: "), "{what}");
-                assert!(began.elapsed() < Duration::from_secs(3), "{:?} for {what}", began.elapsed());
+                // One that hangs would do so for ever.
+                assert!(began.elapsed() < Duration::from_secs(15), "{:?} for {what}", began.elapsed());
                 assert!(said.out.is_empty(), "{what}");
                 assert_eq!(std::fs::metadata(&mountpoint).unwrap().dev(), device, "{what}");
                 assert!(!is_mounted(&free) && !is_mounted(&backing), "{what}");

@@ -119,7 +119,7 @@ fn what_cannot_go_well_is_refused_with_its_reason() {
         let said = program(&run, &["mount", from, to, "--instance", "second"]);
         assert_eq!(said.code, 1, "{from} {to}: {said:?}");
         assert!(said.err.contains(reason) && said.err.contains("hint: "), "{from} {to}: {said:?}");
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     }
     let same_name = program(&run, &["mount", &other, &other, "--instance", "t"]);
     assert!(same_name.code == 1 && same_name.err.contains("running already"), "{same_name:?}");
@@ -360,9 +360,12 @@ fn signals_end_it_cleanly_also_with_parked_requests_and_open_files() {
 fn after_a_signal_a_mount_in_use_is_cut_within_ten_seconds() {
     let mounted = Mounted::new();
     let open = File::create(mounted.path("f")).unwrap();
+    let told = Instant::now();
     signal(&mounted, Signal::SIGTERM);
     eventually("it is detached", || !is_mounted(&mounted.mountpoint));
     eventually("the daemon's end", || !is_alive(mounted.pid));
+    // Ten seconds, and some for a machine that is busy.
+    assert!(told.elapsed() < Duration::from_secs(25), "{:?}", told.elapsed());
     drop(open);
 }
 

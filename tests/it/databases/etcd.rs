@@ -39,7 +39,7 @@ impl<'a> Etcd<'a> {
 
     fn ctl(&self, words: &[&str], input: &str) -> Output {
         let mut command = Command::new("etcdctl");
-        command.env("ETCDCTL_API", "3").args(["--endpoints", &self.client, "--command-timeout", "5s"]).args(words);
+        command.env("ETCDCTL_API", "3").args(["--endpoints", &self.client, "--command-timeout", "15s"]).args(words);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("etcdctl; is etcd-client installed?");
         // It does not read its input when it cannot connect.

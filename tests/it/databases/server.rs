@@ -26,7 +26,7 @@ impl Server {
 
     /// Waits until it answers. A server that ends instead fails the test with its last words.
     pub fn ready(mut self, mut answers: impl FnMut() -> bool) -> Server {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         while !answers() {
             let ended = self.child.try_wait().expect("its state");
             assert!(ended.is_none(), "the server ended as it started: {ended:?}\n{}", self.last_words());
@@ -42,7 +42,7 @@ impl Server {
 
     /// How it ended by itself.
     pub fn ended(&mut self) -> ExitStatus {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(status) = self.child.try_wait().expect("its state") {
                 return status;
