@@ -223,7 +223,7 @@ mod tests {
         let done = run(&mut children, "echo a; echo b >&2; exit 3", long);
         assert_eq!((done.ended, done.output.as_str()), (Ended::Exit(3), "a\nb"));
         assert_eq!(run(&mut children, "kill -ABRT $$", long).ended, Ended::Signal(Signal::SIGABRT));
-        let done = run(&mut children, "echo a; sleep 60", Duration::from_millis(200));
+        let done = run(&mut children, "echo a; sleep 60", Duration::from_secs(2));
         assert_eq!((done.ended, done.output.as_str()), (Ended::TimedOut, "a"));
         let done = run(&mut children, "head -c 5000 /dev/zero | tr '\\0' x; echo end", long);
         assert!(done.output.len() < 2100 && done.output.ends_with("xend"));

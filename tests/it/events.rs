@@ -262,7 +262,7 @@ fn a_mode_that_has_fired_can_be_waited_for_when_its_time_is_over() {
     let ended = || eventually("its end", || mounted.http("GET", "/v1/mode", None).body["mode"] == "allow_writes");
     assert_eq!(wait().status, 404, "no mode was set");
     let file = File::create(mounted.path("f")).unwrap();
-    set(json!({"mode": "error_writes", "for": "2s"}));
+    set(json!({"mode": "error_writes", "for": "5s"}));
     file.write_at(b"x", 0).unwrap_err();
     drop(file);
     ended();

@@ -421,7 +421,7 @@ fn no_wrong_page_stays_when_a_rule_on_reads_is_out_of_force() {
         let mounted = Mounted::new();
         let before = prepared(&mounted, "f", SIZE);
         let handle = Handle::open(Way::Cached, &mounted, "f");
-        let lasts = if how == "for" { json!("300ms") } else { Value::Null };
+        let lasts = if how == "for" { json!("2s") } else { Value::Null };
         let fault = json!({"kind": "corrupt", "mode": "zero", "when": "read"});
         mounted.rule("r", json!({"match": {"ops": ["read"]}, "trigger": {"for": lasts}, "fault": fault}));
         assert_eq!(handle.read(SIZE, 0).unwrap(), [0; SIZE], "{how}");

@@ -160,7 +160,7 @@ fn the_mode_enospc_is_full_and_leaves_the_account_alone() {
 #[test]
 fn a_mode_ends_after_its_time() {
     let mounted = Mounted::new();
-    mounted.cli(&["mode", "enospc", "--for", "500ms"]);
+    mounted.cli(&["mode", "enospc", "--for", "3s"]);
     assert_eq!(errno(File::create(mounted.path("a")).unwrap().write_at(b"x", 0)), Some(libc::ENOSPC));
     crate::support::eventually("the mode ends", || {
         mounted.http("GET", "/v1/mode", None).body["mode"] == json!("allow_writes")
@@ -432,7 +432,7 @@ fn of_quotas_and_capacities_that_are_wrong_it_is_said_what() {
 #[test]
 fn what_is_set_for_a_time_ends_after_it() {
     let mounted = Mounted::new();
-    mounted.cli(&["space", "virtual", "--free", "0", "--for", "300ms"]);
+    mounted.cli(&["space", "virtual", "--free", "0", "--for", "3s"]);
     assert_eq!(errno(File::create(mounted.path("a")).unwrap().write_at(b"x", 0)), Some(libc::ENOSPC));
     crate::support::eventually("it ends", || space_of(&mounted)["virtual"].is_null());
     std::fs::write(mounted.path("a"), b"x").unwrap();
@@ -622,7 +622,7 @@ fn ballast_is_refused_where_it_would_fill_the_root_or_what_we_need() {
 #[test]
 fn ballast_for_a_time_goes_after_it() {
     let mounted = Mounted::on_own_disk(64 << 20, EXT4);
-    mounted.cli(&["space", "ballast", "--used", "50%", "--for", "300ms"]);
+    mounted.cli(&["space", "ballast", "--used", "50%", "--for", "3s"]);
     assert_eq!(ballast_files(&mounted).len(), 1);
     crate::support::eventually("it goes", || ballast_files(&mounted).is_empty());
     mounted.end();
