@@ -111,7 +111,10 @@ for _ in children:
     print(children[pid], os.waitstatus_to_exitcode(status), flush=True)
 "#;
     let clients = Clients::start(&mounted.mountpoint, &format!("{LOAD}{script}"), &[&aside]);
+    let told =
+        |n: u32| -> Option<usize> { std::fs::read_to_string(aside.join(format!("w{n}"))).ok()?.get(..7)?.parse().ok() };
     eventually("the fsync hangs", || mounted.health("parked") == 1);
+    eventually("both write", || (0..2).all(|n| told(n).is_some_and(|count| count > 10)));
     std::thread::sleep(Duration::from_millis(500));
     kill(Pid::from_raw(mounted.pid as i32), Signal::SIGKILL).unwrap();
     let said = clients.end(SOON);
@@ -122,10 +125,8 @@ for _ in children:
         assert!(ways.contains(&status), "{said}");
     }
     assert_eq!(said.lines().count(), 9, "{said}");
-    let told =
-        |n: u32| -> usize { std::fs::read_to_string(aside.join(format!("w{n}"))).unwrap()[..7].parse().unwrap() };
     let there = |n: u32| std::fs::read_to_string(mounted.backing.join(format!("w{n}"))).unwrap();
-    let (written, appended) = (told(0), told(1));
+    let (written, appended) = (told(0).expect("a count"), told(1).expect("a count"));
     assert!(written > 10 && appended > 10, "{written} {appended}");
     assert_eq!(there(0).lines().nth(written % 100_000), Some(format!("{written:07}").as_str()));
     let records = there(1);

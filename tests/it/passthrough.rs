@@ -225,6 +225,7 @@ fn modes_and_capacities_reach_what_is_opened_from_then_on() {
     mounted.reset();
     drop(before);
     std::fs::write(mounted.path("fast/f"), "x").unwrap();
+    all_closed(&mounted);
     mounted.cli(&["space", "virtual", "--free", "0"]);
     let full = OpenOptions::new().append(true).open(mounted.path("fast/f")).unwrap().write_all(&[1; 1 << 16]);
     assert_eq!(full.unwrap_err().raw_os_error(), Some(libc::ENOSPC));

@@ -80,6 +80,8 @@ fn freeing_counts_at_once_and_of_an_open_file_at_its_last_close() {
     std::fs::write(path("a"), [1; 65_536]).unwrap();
     std::fs::write(path("b"), [1; 65_536]).unwrap();
     std::fs::write(path("c"), [1; 65_536]).unwrap();
+    // A close may reach the daemon later than it returns, and of an open file nothing is free yet.
+    crate::support::eventually("all is closed", || mounted.health("open_files") == 0);
     full(&mounted);
     let free = || mounted.http("GET", "/v1/space", None).body["virtual"]["free"].as_u64().unwrap();
     assert_eq!(free(), 0);

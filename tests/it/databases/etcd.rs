@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::Signal;
 
-use super::server::{Server, free_port, logged};
+use super::server::{Server, free_ports, logged};
 use crate::support::Mounted;
 
 /// A cluster of one member with its data on the mount.
@@ -19,8 +19,8 @@ pub struct Etcd<'a> {
 
 impl<'a> Etcd<'a> {
     pub fn on(mounted: &'a Mounted) -> Etcd<'a> {
-        let url = || format!("http://127.0.0.1:{}", free_port());
-        Etcd { mounted, log: mounted.aside("etcd").join("etcd.log"), client: url(), peer: url() }
+        let [client, peer] = free_ports().map(|port| format!("http://127.0.0.1:{port}"));
+        Etcd { mounted, log: mounted.aside("etcd").join("etcd.log"), client, peer }
     }
 
     pub fn start(&self) -> Server {

@@ -100,8 +100,8 @@ pub fn logged(log: &Path, words: &[&str]) -> String {
     line.unwrap_or_else(|| panic!("no line with {words:?} in the log:\n{text}")).to_string()
 }
 
-/// A TCP port that nobody uses at the moment.
-pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    listener.local_addr().expect("its address").port()
+/// Two TCP ports that nobody uses at the moment. Both are held until both are known: one could come twice.
+pub fn free_ports() -> [u16; 2] {
+    let listeners = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").expect("a port"));
+    listeners.each_ref().map(|listener| listener.local_addr().expect("its address").port())
 }
