@@ -164,13 +164,17 @@ def rocksdb(directory, scratch, rounds, seconds):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
         )  # fmt: skip
         killer = threading.Timer(seconds * random.uniform(0.5, 1), shell.kill)
-        killer.start()
+        begun = False
         try:
             while True:
                 shell.stdin.write(f"put {acknowledged:09} {acknowledged:0200}\n")
                 if not shell.stdout.readline().startswith("Successfully put"):
                     break
                 acknowledged += 1
+                # Only now has it opened the database.
+                if not begun:
+                    killer.start()
+                    begun = True
         except BrokenPipeError:
             pass
         killer.cancel()
@@ -374,7 +378,11 @@ def daemon(directory, scratch, backing, pid, seconds):
     # The reader wants it from its first step on.
     open(f"{directory}/append", "wb").close()
     clients = {kind: again("client", kind, directory, scratch) for kind in KINDS}
+    counts = {kind: Count(f"{scratch}/{kind}") for kind in KINDS}
     try:
+        end = time.monotonic() + 30
+        while any(count.get() == 0 for count in counts.values()) and time.monotonic() < end:
+            time.sleep(0.05)
         time.sleep(seconds)
         for kind, process in clients.items():
             expect(process.poll() is None, f"{kind} has ended before the daemon")
@@ -395,7 +403,7 @@ def daemon(directory, scratch, backing, pid, seconds):
             sys.exit(f"{directory} answers, and its daemon is dead")
         except OSError as error:
             expect(error.errno == errno.ENOTCONN, f"the mountpoint says {error}, and not ENOTCONN")
-    count = {kind: Count(f"{scratch}/{kind}").get() for kind in KINDS}
+    count = {kind: count.get() for kind, count in counts.items()}
     for kind in KINDS:
         expect(count[kind] > 0, f"{kind} has done nothing")
     check_backing(backing, count)
