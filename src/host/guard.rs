@@ -97,18 +97,26 @@ impl Part {
         let rests = self.begun.get().is_some_and(|begun| begun.elapsed() < AGAIN);
         if due.is_zero() && !rests && !self.busy.swap(true, AcqRel) {
             self.begun.set(Some(Instant::now()));
-            let (machine, busy, expire) = (machine.clone(), self.busy.clone(), self.expire);
-            let ending = move || {
-                expire(&machine);
-                busy.store(false, Release);
-                let _ = machine.poke.try_send(());
-            };
+            let (at_it, expire) = (AtIt { machine: machine.clone(), busy: self.busy.clone() }, self.expire);
+            let ending = move || expire(&at_it.machine);
             if let Err(error) = std::thread::Builder::new().name("helper".into()).spawn(ending) {
-                self.busy.store(false, Release);
                 tracing::error!(%error, "what has come to its end cannot be ended");
             }
         }
         Some(if due.is_zero() { LOOK } else { due })
+    }
+}
+
+/// A thread that ends what has to end; dropped, also by a panic, it lets the next one begin.
+struct AtIt {
+    machine: Arc<Machine>,
+    busy: Arc<AtomicBool>,
+}
+
+impl Drop for AtIt {
+    fn drop(&mut self) {
+        self.busy.store(false, Release);
+        let _ = self.machine.poke.try_send(());
     }
 }
 
@@ -210,4 +218,22 @@ fn of_another(line: &[u8], author: &str) -> Option<(&'static str, Value)> {
     let mut detail = line.remove("detail")?;
     detail["told_by"] = line.remove("author")?;
     Some((event, detail))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_ended_for_a_panic_is_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let machine = Arc::new(Machine::alone("test", StateDir::new(dir.path())));
+        let part = Part::new(|_| Some(Duration::ZERO), |_| panic!("in the middle of it"));
+        part.look(&machine);
+        let until = Instant::now() + Duration::from_secs(30);
+        while part.busy.load(Acquire) {
+            assert!(Instant::now() < until, "nobody can ever begin again");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }

@@ -13,6 +13,7 @@ pub mod guard;
 pub mod state;
 pub mod tool;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::*};
 
@@ -22,6 +23,12 @@ use serde_json::Value;
 use crate::event::Ring;
 pub use guard::Guard;
 use state::StateDir;
+
+/// A path as documents and events tell it. Names of programs and of mounts of others may be no UTF-8, and `json!` panics on
+/// such a path.
+pub fn shown(path: impl AsRef<Path>) -> String {
+    path.as_ref().to_string_lossy().into_owned()
+}
 
 /// The machine as one daemon sees it.
 pub struct Machine {

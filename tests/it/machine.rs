@@ -2,13 +2,15 @@
 //!
 //! Real daemons, each in a run directory of its own. No mounts, but for one test.
 
-use std::path::Path;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Mounted, Said, eventually, executable, is_alive};
 
@@ -129,4 +131,51 @@ fn one_without_a_mount_does_not_answer_for_a_mount_whose_daemon_has_died() {
     assert_eq!(run_in(&run_dir, &["reset"]).code, 0);
     assert_eq!(run_in(&run_dir, &["umount", "--instance", "host"]).code, 0);
     mounted.end();
+}
+
+/// A program may be called anything, and `%e` puts that into the name of its core.
+#[test]
+fn a_core_whose_name_is_no_utf8_comes_home_and_holds_up_no_other() {
+    let place = Place::new();
+    let dir = |name: &str| place.0.path().join(name);
+    let away = ["odd", "plain"].map(|name| (dir(name), dir(&format!("home-of-{name}"))));
+    for (away, home) in &away {
+        std::fs::create_dir(away).expect("a directory");
+        std::fs::create_dir(home).expect("a directory");
+    }
+    let odd = |end: u8| OsString::from_vec([&b"core.\xff\xfe."[..], &[end]].concat());
+    for (dir, name) in [(&away[0].0, odd(b'1')), (&away[0].0, odd(b'2')), (&away[1].0, "core.plain".into())] {
+        std::fs::write(dir.join(name), "core").expect("a core");
+    }
+    let is_odd_home = |end: u8| away[0].1.join(odd(end)).exists();
+    let book = |(dir, home): &(PathBuf, PathBuf)| json!({"dir": dir, "home": home, "mounted": false, "again": null});
+    let book = json!({"leases": [], "switch": null, "away": away.iter().map(book).collect::<Vec<_>>()});
+    std::fs::create_dir_all(dir("state/coredump")).expect("a directory");
+    std::fs::write(dir("state/coredump/book.json"), book.to_string()).expect("the book");
+    place.start(&[]);
+    eventually("all cores are home", || {
+        is_odd_home(b'1') && is_odd_home(b'2') && away[1].1.join("core.plain").exists()
+    });
+    let told = place.run(&["events", "--json"]).out;
+    assert_eq!(told.matches("\"brought_home\"").count(), 3, "{told}");
+}
+
+#[test]
+fn a_core_whose_name_is_no_utf8_is_listed() {
+    let place = Place::new();
+    let dir = |name: &str| place.0.path().join(name);
+    std::fs::create_dir_all(dir("away")).expect("a directory");
+    for name in [&b"core.\xff"[..], b"core.\xfe"] {
+        std::fs::write(dir("away").join(OsStr::from_bytes(name)), "core").expect("a core");
+    }
+    // Whose home nobody knows.
+    let book = json!({"leases": [], "switch": null, "away": [{"dir": dir("away"), "home": null, "mounted": false}]});
+    std::fs::create_dir_all(dir("state/coredump")).expect("a directory");
+    std::fs::write(dir("state/coredump/book.json"), book.to_string()).expect("the book");
+    place.start(&[]);
+    let said = place.run(&["coredump", "list", "--json"]);
+    let listed: Value = serde_json::from_str(&said.out).unwrap_or_else(|_| panic!("{said:?}"));
+    let here =
+        |core: &&Value| core["path"].as_str().is_some_and(|path| path.starts_with(dir("away").to_str().unwrap()));
+    assert_eq!(listed["cores"].as_array().expect("a list").iter().filter(here).count(), 2, "{listed}");
 }

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::failure::Failure;
-use crate::host::Machine;
 use crate::host::state::{Deadline, Part, StateDir, boot};
+use crate::host::{Machine, shown};
 use crate::sys::mounts::Mount;
 
 /// The part of the state, and the one file in it.
@@ -136,7 +136,7 @@ impl Means {
 
     fn json(&self) -> Value {
         match self {
-            Means::Bind { over, .. } => json!({"means": "bind", "over": over}),
+            Means::Bind { over, .. } => json!({"means": "bind", "over": shown(over)}),
             Means::Pattern { old, new } => json!({"means": "core_pattern", "old": old, "new": new}),
         }
     }
@@ -153,7 +153,7 @@ impl Lease {
 
 impl Away {
     pub fn json(&self) -> Value {
-        json!({"dir": self.dir, "home": self.home, "why": self.why})
+        json!({"dir": shown(&self.dir), "home": self.home.as_deref().map(shown), "why": self.why})
     }
 }
 
@@ -161,7 +161,7 @@ impl Switch {
     pub fn json(&self) -> Value {
         let mut value = self.means.json();
         value["stage"] = json!(self.stage);
-        value["to"] = json!(self.fallback);
+        value["to"] = shown(&self.fallback).into();
         value["how"] = json!(self.how);
         value["since"] = json!(self.since);
         value["trouble"] = json!(self.trouble);

@@ -3,6 +3,7 @@
 //!
 //! On helper threads. Takes no locks. Must never: read a core.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,8 +16,8 @@ use super::failure::{Failure, about};
 use super::found::{Found, Ground, Taker};
 use super::home::cores;
 use crate::event::record::rfc3339;
-use crate::host::Machine;
 use crate::host::tool::{ToolError, ask};
+use crate::host::{Machine, shown};
 use crate::sys::mounts::{self, Mount};
 
 /// All that are known.
@@ -36,7 +37,8 @@ pub fn list(machine: &Machine) -> Result<Value, Failure> {
     let mut list = files(&found, &book);
     join(&mut list, known.iter().flatten());
     let away: Vec<Value> = book.away.iter().map(Away::json).collect();
-    Ok(json!({"cores": list, "coredumpctl": known.is_some(), "directory": found.directory, "away": away}))
+    let directory = found.directory.as_deref().map(shown);
+    Ok(json!({"cores": list, "coredumpctl": known.is_some(), "directory": directory, "away": away}))
 }
 
 /// Puts what coredumpctl knows to the files that it is about: written by that process, and shortly before the entry, for
@@ -66,14 +68,14 @@ fn files(found: &Found, book: &Book) -> Vec<Value> {
         false => found.directory.clone(),
     };
     let home = home.filter(|_| found.taker != Taker::Directories);
-    let at_home = home.iter().flat_map(|dir| cores(dir)).map(|core| file(&core, "home", None));
+    let at_home = home.iter().flat_map(|dir| cores(dir)).map(|core| (core, "home", None));
     let now = book.switch.iter().map(|switch| (&switch.fallback, switch.means.home()));
     let away = now.chain(book.away.iter().map(|away| (&away.dir, away.home.clone())));
-    let away =
-        away.flat_map(|(dir, home)| cores(dir).into_iter().map(move |core| file(&core, "away", home.as_deref())));
-    let mut files: Vec<Value> = at_home.chain(away).collect();
+    let away = away.flat_map(|(dir, home)| cores(dir).into_iter().map(move |core| (core, "away", home.clone())));
+    let mut seen = HashSet::new();
+    let each_once = at_home.chain(away).filter(|(core, ..)| seen.insert(core.clone()));
+    let mut files: Vec<Value> = each_once.map(|(core, place, home)| file(&core, place, home.as_deref())).collect();
     files.sort_by(|a, b| a["time"].as_str().cmp(&b["time"].as_str()));
-    files.dedup_by(|a, b| a["path"] == b["path"]);
     files
 }
 
@@ -94,7 +96,7 @@ fn file(core: &Path, place: &str, home: Option<&Path>) -> Value {
     let time = there.as_ref().and_then(|there| there.modified().ok()).unwrap_or(SystemTime::UNIX_EPOCH);
     let named = Named::of(&name);
     json!({
-        "name": name, "path": core, "place": place, "belongs": home.map(|home| home.join(&name)),
+        "name": name, "path": shown(core), "place": place, "belongs": home.map(|home| shown(home.join(&name))),
         "bytes": there.as_ref().map(fs::Metadata::len), "allocated": there.as_ref().map(|there| there.blocks() * 512),
         "time": rfc3339(time), "pid": named.as_ref().map(|named| named.pid), "comm": named.map(|named| named.comm),
         "coredumpctl": null,

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::host::shown;
 use crate::sys::mounts::{self, Mount};
 
 /// The number of the pid namespace that the machine began with: `PROC_PID_INIT_INO` of the kernel.
@@ -113,9 +114,10 @@ impl Found {
         let mount = self.mount.as_ref();
         json!({
             "core_pattern": self.pattern, "taker": self.taker.word(), "program": self.taker.program(),
-            "directory": self.directory, "mounted_by": self.mounted_by.map(MountedBy::word), "unit": self.unit,
+            "directory": self.directory.as_deref().map(shown), "mounted_by": self.mounted_by.map(MountedBy::word), "unit": self.unit,
             "filesystem": mount.map(|mount| json!({
-                "mountpoint": mount.mountpoint, "type": mount.filesystem, "source": mount.source, "root": mount.root,
+                "mountpoint": shown(&mount.mountpoint), "type": mount.filesystem, "source": mount.source,
+                "root": shown(&mount.root),
             })),
         })
     }

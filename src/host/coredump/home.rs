@@ -23,8 +23,8 @@ use serde_json::json;
 
 use super::book::{self, Away, Book};
 use super::{EVENT, room};
-use crate::host::Machine;
 use crate::host::state::{Deadline, Part};
+use crate::host::{Machine, shown};
 use crate::sys::{mounts, xattr};
 
 /// One at a time carries.
@@ -153,13 +153,14 @@ fn empty(machine: &Machine, away: &Away, carried: &mut Carried) -> Result<(), St
     for core in cores(&away.dir) {
         match bring(&core, &dir, home) {
             Ok((to, warning)) => {
-                machine.tell(EVENT, json!({"action": "brought_home", "from": core, "to": to, "warning": warning}));
+                let (from, home) = (shown(core), shown(&to));
+                machine.tell(EVENT, json!({"action": "brought_home", "from": from, "to": home, "warning": warning}));
                 carried.warnings.extend(warning);
                 carried.home.push(to);
             }
             Err(error) => {
                 if away.again.is_none() {
-                    machine.tell(EVENT, json!({"action": "stays", "core": core, "error": error.to_string()}));
+                    machine.tell(EVENT, json!({"action": "stays", "core": shown(&core), "error": error.to_string()}));
                 }
                 stays = Some(format!("{}: {error}", core.display()));
             }

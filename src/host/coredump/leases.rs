@@ -22,7 +22,7 @@ use super::{By, EVENT, LIFE, NEED, OnLow, PATIENCE, Released, Taken, Wanted, fli
 use crate::event::record::rfc3339;
 use crate::host::state::{Deadline, Part, boot, is_name};
 use crate::host::tool::Tools;
-use crate::host::{AtWork, Machine};
+use crate::host::{AtWork, Machine, shown};
 use crate::sys::mounts;
 
 /// How soon what could not be undone is tried again.
@@ -273,7 +273,7 @@ impl<'a> Leases<'a> {
             self.undo(book, steps, part)?;
             return Err(failure);
         }
-        self.tell(json!({"action": "redirected", "lease": name, "to": switch.fallback, "how": how}));
+        self.tell(json!({"action": "redirected", "lease": name, "to": shown(&switch.fallback), "how": how}));
         Ok((true, how, found.json()))
     }
 
@@ -363,7 +363,8 @@ impl<'a> Leases<'a> {
         }
         drop(part);
         let carried = home::carry(self.machine, alone);
-        (released.brought_home, released.away) = (carried.home, carried.away);
+        let all = |paths: &[PathBuf]| paths.iter().map(shown).collect();
+        (released.brought_home, released.away) = (all(&carried.home), all(&carried.away));
         released.warnings.extend(carried.warnings);
         released.commands.extend(self.ask_to_restore(&of_agent, timeout)?);
         let book = book::look(&self.machine.state)?;
@@ -504,7 +505,7 @@ impl<'a> Leases<'a> {
             },
         };
         if trouble != known {
-            let (means, to) = (switch.means.word(), &switch.fallback);
+            let (means, to) = (switch.means.word(), shown(&switch.fallback));
             self.tell(match &trouble {
                 None => json!({"action": "redirected", "to": to, "how": switch.how, "again": true}),
                 Some(text) if text == LOST => json!({"action": "lost", "means": means, "to": to}),

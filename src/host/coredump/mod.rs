@@ -131,9 +131,9 @@ pub struct Released {
     /// Other leases that live.
     pub leases: Vec<String>,
     /// Cores that were brought home.
-    pub brought_home: Vec<PathBuf>,
+    pub brought_home: Vec<String>,
     /// Cores that stay where they are, as yet.
-    pub away: Vec<PathBuf>,
+    pub away: Vec<String>,
     pub commands: Vec<String>,
     pub warnings: Vec<String>,
 }

@@ -9,10 +9,11 @@ use nix::sys::statvfs::statvfs;
 use serde::Serialize;
 
 use super::failure::{Failure, about};
+use crate::host::shown;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Room {
-    pub path: PathBuf,
+    pub path: String,
     pub available: u64,
     pub need: u64,
     pub enough: bool,
@@ -23,13 +24,13 @@ impl Room {
     pub fn look(dir: &Path, need: u64) -> Result<Room, Failure> {
         let path = nearest(dir);
         let available = available(&path).map_err(|error| about(&path, &error))?;
-        Ok(Room { path: dir.to_path_buf(), available, need, enough: available >= need })
+        Ok(Room { path: shown(dir), available, need, enough: available >= need })
     }
 
     /// For people, when it is not enough.
     pub fn complaint(&self) -> Option<String> {
         let size = |bytes| ByteSize::b(bytes).display().iec().to_string();
-        let path = self.path.display();
+        let path = &self.path;
         let text = || format!("{path} has {} free, and cores should have {}", size(self.available), size(self.need));
         (!self.enough).then(text)
     }

@@ -14,8 +14,8 @@ use super::failure::{Failure, about};
 use super::found::Ground;
 use super::{EVENT, flight};
 use crate::fs::mount::holders;
-use crate::host::Machine;
 use crate::host::tool::{ToolError, Tools};
+use crate::host::{Machine, shown};
 use crate::sys::mounts::{self, Mount};
 
 /// How often a step is tried, and how long after the last time.
@@ -144,8 +144,9 @@ impl Steps<'_> {
         let place = over.as_os_str();
         let Err(error) = self.run(&["umount".as_ref(), place]) else { return Ok(()) };
         let held = holders(over, true);
-        let list: Vec<Value> = held.iter().map(|h| json!({"pid": h.pid, "comm": h.comm, "what": h.what})).collect();
-        self.tell(json!({"action": "busy", "over": over, "error": error.to_string(), "holders": list}));
+        let list: Vec<Value> =
+            held.iter().map(|h| json!({"pid": h.pid, "comm": h.comm, "what": shown(&h.what)})).collect();
+        self.tell(json!({"action": "busy", "over": shown(over), "error": error.to_string(), "holders": list}));
         self.wait()?;
         self.run(&["umount".as_ref(), "--lazy".as_ref(), place]).map_err(|error| error.to_string())
     }

@@ -13,9 +13,9 @@ use super::found::{self, Ground};
 use super::leases::Leases;
 use super::*;
 use crate::event::{Cursor, Read};
-use crate::host::Machine;
 use crate::host::state::StateDir;
 use crate::host::tool::Tools;
+use crate::host::{Machine, shown};
 use crate::sys::mounts;
 
 const SYSTEMD: &str = "|/usr/lib/systemd/systemd-coredump %P %u %g %s %t 9223372036854775808 %h";
@@ -152,7 +152,7 @@ fn coredump_to_root_context() {
     assert!(!rig.path("data/cores/core.1").exists(), "it went to the root filesystem");
     let released = rig.release("a");
     assert!(released.released && released.restored, "{released:?}");
-    assert_eq!(released.brought_home, [rig.core_dir().join("core.1")]);
+    assert_eq!(released.brought_home, [shown(rig.core_dir().join("core.1"))]);
     assert!(rig.path("data/cores/core.1").exists());
     write(rig.core_dir().join("core.2"));
     assert!(rig.path("data/cores/core.2").exists(), "the next core goes home");

@@ -18,6 +18,7 @@ use super::record::Record;
 use super::{Kind, Refused};
 use crate::fs::mount::{Holder, holders};
 use crate::fs::process::start_time;
+use crate::host::shown;
 use crate::sys::mounts::Mount;
 
 /// How long processes may take to be stopped, and how often those are looked for that they have started meanwhile.
@@ -96,11 +97,10 @@ impl Users {
     }
 
     pub fn describe(&self) -> Value {
-        let process =
-            |holder: &Holder| json!({"pid": holder.pid, "comm": holder.comm, "what": holder.what.to_string_lossy()});
+        let process = |holder: &Holder| json!({"pid": holder.pid, "comm": holder.comm, "what": shown(&holder.what)});
         let instance = |one: &Instance| {
             json!({"pid": one.pid, "comm": "nemesisfs", "what": format!("instance {}", one.instance), "instance": one.instance,
-                "mountpoint": one.mountpoint})
+                "mountpoint": one.mountpoint.as_deref().map(shown)})
         };
         self.processes.iter().map(process).chain(self.instances.iter().map(instance)).collect()
     }

@@ -16,8 +16,8 @@ use super::asked::{Filesystem, Ground};
 use super::log::{Log, LogError, Replayed};
 use super::record::Record;
 use super::{Job, PART, Refused, absolute, at, disk, invalid, show, tell};
-use crate::host::Machine;
 use crate::host::tool::{self, ask};
+use crate::host::{Machine, shown};
 
 /// The kernel writes the log a moment later.
 const LATER: Duration = Duration::from_secs(2);
@@ -102,14 +102,15 @@ pub fn replay(machine: &Machine, name: &str, asked: &AskedReplay) -> Result<Valu
     wait_for_mark(&log, &asked.to)?;
     let done = write(&log, &asked.to, &ground, size)?;
     let into = ground.path();
+    let told_as = shown(into);
     let undo = matches!(ground, Ground::NewImage(..)).then(|| tool::line(&["rm".as_ref(), into.as_os_str()]));
-    let told = json!({"to": asked.to, "into": into, "entries": done.entries});
+    let told = json!({"to": asked.to, "into": told_as, "entries": done.entries});
     tell(machine, &record, "replayed", told);
     // It may be another one by now.
     let now = machine.state.peek::<Record>(PART).into_iter().find(|now| now.id == record.id);
     let mut answer = show::done(&now.unwrap_or(record), Vec::new(), None, Vec::new());
     answer["replayed"] = json!({
-        "to": asked.to, "into": into, "entries": done.entries, "writes": done.writes, "discards": done.discards,
+        "to": asked.to, "into": told_as, "entries": done.entries, "writes": done.writes, "discards": done.discards,
         "bytes": done.bytes, "undo": undo,
     });
     Ok(answer)

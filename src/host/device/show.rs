@@ -10,8 +10,8 @@ use super::asked::Ground;
 use super::holders::Users;
 use super::record::Record;
 use super::{PART, Refused, disk, filesystem, mapping};
-use crate::host::Machine;
 use crate::host::state::Deadline;
+use crate::host::{Machine, shown};
 
 /// All devices, and what this host can do.
 pub fn all(machine: &Machine) -> Value {
@@ -33,12 +33,12 @@ pub fn all(machine: &Machine) -> Value {
 pub fn one(machine: &Machine, name: &str) -> Result<Value, Refused> {
     let records: Vec<Record> = machine.state.peek(PART);
     let record = records.iter().find(|record| record.name == name).ok_or_else(|| Refused::not_found(name))?;
-    let mut shown = describe(record);
+    let mut document = describe(record);
     if let Some(mapping) = record.mapping() {
         let users = Users::of(record, &mapping, &filesystem::mounts_of(record, &mapping));
-        shown["holders"] = users.describe();
+        document["holders"] = users.describe();
     }
-    Ok(shown)
+    Ok(document)
 }
 
 /// The document of a device after a change.
@@ -55,22 +55,23 @@ pub fn describe(record: &Record) -> Value {
     let mapping = record.mapping();
     let mounts = mapping.as_ref().map(|mapping| filesystem::mounts_of(record, mapping)).unwrap_or_default();
     let (table, status) = mapping.as_ref().map(|mapping| mapping::table_and_status(&mapping.name)).unwrap_or_default();
-    let mut shown = json!({
-        "name": record.name, "device": record.device(), "state": record.state(),
+    let mut document = json!({
+        "name": record.name, "device": shown(record.device()), "state": record.state(),
         "mode": record.mode.text(), "in_force": table.as_ref().map(|table| record.mode.is_in(table)), "command": record.mode.command(), "remaining": remaining(record.until.as_ref()),
         "suspended": mapping.as_ref().is_some_and(|mapping| mapping.is_suspended),
         "resumes_in": remaining(record.stall.as_ref().and_then(|stall| stall.until.as_ref())),
-        "size": disk::bytes(record.sectors), "on": record.data.ground.path(), "loop_device": record.data.loop_device,
+        "size": disk::bytes(record.sectors), "on": shown(record.data.ground.path()),
+        "loop_device": record.data.loop_device.as_deref().map(shown),
         "made": matches!(record.data.ground, Ground::NewImage(..)), "filesystem": record.definition.filesystem.word(),
-        "mountpoint": record.definition.mountpoint,
-        "mounts": mounts.iter().map(|mount| json!(mount.mountpoint)).collect::<Vec<_>>(),
+        "mountpoint": record.definition.mountpoint.as_deref().map(shown),
+        "mounts": mounts.iter().map(|mount| shown(&mount.mountpoint)).collect::<Vec<_>>(),
         "table": table, "status": status, "trouble": record.trouble,
     });
     if let Some(log) = &record.log {
         let status = record.log_mapping().and_then(|mapping| mapping::table_and_status(&mapping.name).1);
-        shown["log"] = json!({"on": log.ground.path(), "loop_device": log.loop_device, "status": status});
+        document["log"] = json!({"on": shown(log.ground.path()), "loop_device": log.loop_device.as_deref().map(shown), "status": status});
     }
-    shown
+    document
 }
 
 fn remaining(until: Option<&Deadline>) -> Option<String> {
