@@ -30,7 +30,7 @@ use crate::event::Ring;
 use crate::fault::compile::path_glob;
 use crate::fault::document;
 use crate::fs::Core;
-pub use crate::fs::mount::holders_of;
+pub use crate::fs::mount::{How, holders_of, unmount};
 use crate::fs::mount::{Living, Places, lives_on, prepare};
 use crate::host::state::StateDir;
 use crate::host::{Guard, Machine};

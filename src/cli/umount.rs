@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::client::instances::{self, Instance, State, without_touching};
 use crate::client::{Client, ClientError, Host, Reply, exit};
-use crate::daemon::holders_of;
+use crate::daemon::{self, How};
 use crate::sys::mounts::{self, FILESYSTEM_TYPE, Mount};
 
 use super::console::Outcome;
@@ -22,6 +22,8 @@ use super::session::{Session, World, on_each};
 const END_LIMIT: Duration = Duration::from_secs(20);
 /// And one that was detached, which nobody is known to hold.
 const LAZY_LIMIT: Duration = Duration::from_secs(5);
+/// What can be done when somebody is in the way.
+const OTHERWISE: &str = "stop them, or use --lazy or --force";
 
 #[derive(Debug, Args)]
 pub struct UmountArgs {
@@ -40,11 +42,20 @@ pub struct UmountArgs {
 }
 
 impl UmountArgs {
-    fn how(&self) -> &'static str {
+    fn how(&self) -> How {
         match (self.lazy, self.force) {
-            (true, _) => "lazy",
-            (_, true) => "force",
-            _ => "normal",
+            (true, _) => How::Lazy,
+            (_, true) => How::Force,
+            _ => How::Normal,
+        }
+    }
+
+    /// In the words of the API.
+    fn word(&self) -> &'static str {
+        match self.how() {
+            How::Lazy => "lazy",
+            How::Force => "force",
+            How::Normal => "normal",
         }
     }
 }
@@ -69,7 +80,7 @@ pub fn run(world: &World, args: &UmountArgs) -> u8 {
 
 /// A host that was chosen by its socket or address is told to unmount; whether its process has ended cannot be seen.
 fn remote(session: &Session, args: &UmountArgs) -> Result<Outcome, ClientError> {
-    let reply = session.patient(Some(END_LIMIT))?.post("/v1/unmount", &json!({"how": args.how()}))?;
+    let reply = session.patient(Some(END_LIMIT))?.post("/v1/unmount", &json!({"how": args.word()}))?;
     let said = detached(&reply).unwrap_or_else(|| format!("{} unmounted", session.target.name));
     Ok(super::session::shown(reply, vec![said]))
 }
@@ -96,8 +107,11 @@ fn local(world: &World, args: &UmountArgs) -> Result<String, ClientError> {
     };
     let top = ours_at(&mountpoint)?.filter(|_| args.mountpoint.is_some());
     // Others are detached from there, and live on.
-    let is_there = |instance: &Instance| top.as_ref().is_none_or(|mount| instance.serves(mount));
-    if let Some(instance) = wanted.iter().find(|instance| instance.alive && is_there(instance)) {
+    let is_there = |instance: &Instance| match &top {
+        Some(mount) => instance.serves(mount),
+        None => is_meant(instance, args),
+    };
+    if let Some(instance) = found.iter().find(|instance| instance.alive && is_there(instance)) {
         return end_living(world, instance, args, &mountpoint);
     }
     let said = end_dead(&mountpoint, args)?;
@@ -144,42 +158,51 @@ fn no_table(error: std::io::Error) -> ClientError {
 }
 
 fn end_living(world: &World, instance: &Instance, args: &UmountArgs, mountpoint: &Path) -> Result<String, ClientError> {
+    let places = places_of(instance)?;
+    let is_copy = places.len() > 1 && !instance.is_mounted_at(mountpoint);
+    if let Some(copy) = places.iter().find(|mount| is_copy && !args.force && mount.mountpoint == mountpoint) {
+        return end_copy(instance, copy, args.how());
+    }
     let connect = world.globals.connect_timeout.length;
     let answer = if args.force { connect } else { END_LIMIT };
     let client = Client::new(Host::Unix(instance.state.socket.clone()), connect)?.answer_within(Some(answer));
-    let asked = client.post("/v1/unmount", &json!({"how": args.how()}));
+    let asked = client.post("/v1/unmount", &json!({"how": args.word()}));
     let limit = if args.lazy { LAZY_LIMIT } else { END_LIMIT };
     let ended = match asked {
-        Ok(reply) => match detached(&reply) {
-            Some(said) => return Ok(said),
-            None => has_ended_within(instance, limit),
-        },
+        Ok(reply) => {
+            if args.force {
+                clear(instance, &places)?;
+            }
+            must_be_gone(instance, &places, mountpoint)?;
+            match detached(&reply) {
+                Some(said) => return Ok(said),
+                None => has_ended_within(instance, limit),
+            }
+        }
         // It may have ended before its answer was on its way, or have been dying when it was found: then it has left its mount.
         Err(error) if error.exit == exit::NO_INSTANCE && has_ended_within(instance, Duration::from_secs(1)) => {
-            detach_if_there(instance, mountpoint)?;
+            clear(instance, &places)?;
             true
         }
         Err(error) if error.exit == exit::NO_INSTANCE && args.force => false,
+        // It ends with its mount, whoever unmounts that.
         Err(error) if error.exit == exit::NO_INSTANCE && !instance.state.socket.exists() => {
-            unmount_untold(instance, mountpoint, args.lazy)?;
+            let pid = instance.state.pid;
+            let or_else = format!("its socket is gone: --lazy, --force, or `kill {pid}`, which is orderly too");
+            places.first().map_or(Ok(()), |mount| take_away(mount.minor, mountpoint, args.how(), &or_else))?;
+            must_be_gone(instance, &places, mountpoint)?;
             has_ended_within(instance, limit)
         }
         Err(error) => return Err(error),
     };
     match (ended, args.force) {
-        (true, _) => {
-            if args.force {
-                detach_if_there(instance, mountpoint)?;
-            }
-            Ok(format!("{} unmounted", mountpoint.display()))
-        }
-        (false, true) => abort(instance, mountpoint),
+        (true, _) => Ok(format!("{} unmounted", mountpoint.display())),
+        (false, true) => abort(instance, &places, mountpoint),
         // A lazy daemon lives on until the last file is closed; what was asked for is done.
-        (false, false) if args.lazy => Ok(format!(
-            "{} detached; pid {} ends when its last file is closed",
-            mountpoint.display(),
-            instance.state.pid
-        )),
+        (false, false) if args.lazy => {
+            let (place, pid) = (mountpoint.display(), instance.state.pid);
+            Ok(format!("{place} detached; pid {pid} ends when its last file is closed"))
+        }
         (false, false) => {
             let limit = humantime::format_duration(END_LIMIT);
             let detail = format!("unmounted, but pid {} has not ended within {limit}", instance.state.pid);
@@ -188,40 +211,63 @@ fn end_living(world: &World, instance: &Instance, args: &UmountArgs, mountpoint:
     }
 }
 
-/// For a daemon whose socket somebody has removed: it ends with its mount, whoever unmounts that.
-fn unmount_untold(instance: &Instance, mountpoint: &Path, lazily: bool) -> Result<(), ClientError> {
-    let Some(mount) = ours_at(mountpoint)?.filter(|mount| instance.serves(mount)) else { return Ok(()) };
-    match mounts::unmount(&mount.mountpoint, lazily) {
-        Err(Errno::EBUSY) => {
-            let (holders, pid) = (holders_of(mount.minor), instance.state.pid);
-            let list = holders.iter().map(|h| json!({"pid": h.pid, "comm": h.comm, "what": h.what.to_string_lossy()}));
-            let mut error = ClientError::failed(format!("{} is busy", mountpoint.display()));
-            error.problem["holders"] = list.collect();
-            Err(error.hint(format!("its socket is gone: --lazy, --force, or `kill {pid}`, which is orderly too")))
-        }
-        other => other.map_err(|error| cannot_unmount(mountpoint, error)),
-    }
+/// All places where it is mounted: more than one if somebody has bound it, or a directory of it, elsewhere.
+fn places_of(instance: &Instance) -> Result<Vec<Mount>, ClientError> {
+    let mut mounts = mounts::all().map_err(no_table)?;
+    mounts.retain(|mount| mount.filesystem == FILESYSTEM_TYPE && instance.serves(mount));
+    Ok(mounts)
+}
+
+/// A bind mount is no more than a mount: the daemon goes on with the others.
+fn end_copy(instance: &Instance, copy: &Mount, how: How) -> Result<String, ClientError> {
+    take_away(copy.minor, &copy.mountpoint, how, OTHERWISE)?;
+    let (place, name) = (copy.mountpoint.display(), &instance.state.instance);
+    Ok(format!("{place} unmounted; it was one of the places of instance {name}"))
+}
+
+/// What was bound elsewhere keeps a daemon alive that has left its mountpoint, and would be waited for in vain.
+fn must_be_gone(instance: &Instance, before: &[Mount], mountpoint: &Path) -> Result<(), ClientError> {
+    let now = places_of(instance)?;
+    // Of one that has ended, another mount may have the number by now.
+    let left: Vec<&Path> = before.iter().filter(|mount| now.contains(mount)).map(|mount| &*mount.mountpoint).collect();
+    let (Some(first), false) = (left.first(), instance.has_ended()) else { return Ok(()) };
+    let (name, all) = (&instance.state.instance, left.iter().map(|place| place.display().to_string()));
+    let all = all.collect::<Vec<_>>().join(", ");
+    let detail = format!("{} unmounted, but instance {name} is still mounted at {all}", mountpoint.display());
+    let hint =
+        format!("`nemesisfs umount {}`, or `nemesisfs umount --instance {name} --force` for all", first.display());
+    Err(ClientError::failed(detail).hint(hint))
 }
 
 /// For a daemon that does not answer: its connection is cut from outside.
-fn abort(instance: &Instance, mountpoint: &Path) -> Result<String, ClientError> {
-    let mount = ours_at(mountpoint)?.filter(|mount| instance.serves(mount));
-    // It may have no place any more, or be covered. By now its number may be another's, which is seen if that has a place.
-    let is_others = |connection: &u32| {
-        let all = mounts::all().unwrap_or_default();
-        all.iter().any(|other| other.is_of(*connection) && other.instance() != Some(&instance.state.instance))
-    };
-    let number = mount.as_ref().map(|mount| mount.minor);
-    if let Some(connection) = number.or(instance.state.connection.filter(|connection| !is_others(connection))) {
+fn abort(instance: &Instance, places: &[Mount], mountpoint: &Path) -> Result<String, ClientError> {
+    // It may have no place any more. By now its number may be another's, which is seen if that has a place.
+    let all = mounts::all().unwrap_or_default();
+    let is_others =
+        |number: u32| all.iter().any(|other| other.is_of(number) && other.instance() != Some(&instance.state.instance));
+    let number = places.first().map(|mount| mount.minor).or(instance.state.connection);
+    if let Some(connection) = number.filter(|number| !is_others(*number)) {
         cut(connection)?;
     }
-    if let Some(mount) = mount {
-        detach(&mount.mountpoint, true)?;
-    }
+    clear(instance, places)?;
     if has_ended_within(instance, Duration::from_secs(2)) {
         return Ok(format!("{} unmounted by force", mountpoint.display()));
     }
     Ok(format!("{} unmounted by force; pid {} hangs and still exists", mountpoint.display(), instance.state.pid))
+}
+
+/// Detaches what it has left where it was mounted, and nowhere else: its number may be another's by now.
+fn clear(instance: &Instance, places: &[Mount]) -> Result<(), ClientError> {
+    for place in places.iter().map(|mount| &*mount.mountpoint) {
+        if let Some(mount) = ours_at(place)?.filter(|mount| instance.serves(mount)) {
+            take_away(mount.minor, place, How::Lazy, OTHERWISE)?;
+        }
+    }
+    Ok(())
+}
+
+fn ours_at(mountpoint: &Path) -> Result<Option<Mount>, ClientError> {
+    Ok(mounts::at(&without_touching(mountpoint)).map_err(no_table)?.filter(|mount| mount.filesystem == FILESYSTEM_TYPE))
 }
 
 fn cut(connection: u32) -> Result<(), ClientError> {
@@ -231,23 +277,23 @@ fn cut(connection: u32) -> Result<(), ClientError> {
     })
 }
 
-fn detach_if_there(instance: &Instance, mountpoint: &Path) -> Result<(), ClientError> {
-    match ours_at(mountpoint)?.filter(|mount| instance.serves(mount)) {
-        Some(_) => detach(mountpoint, true),
-        None => Ok(()),
-    }
-}
-
-fn ours_at(mountpoint: &Path) -> Result<Option<Mount>, ClientError> {
-    Ok(mounts::at(&without_touching(mountpoint)).map_err(no_table)?.filter(|mount| mount.filesystem == FILESYSTEM_TYPE))
-}
-
-fn detach(mountpoint: &Path, lazily: bool) -> Result<(), ClientError> {
-    mounts::unmount(mountpoint, lazily).map_err(|error| cannot_unmount(mountpoint, error))
-}
-
-fn cannot_unmount(mountpoint: &Path, error: Errno) -> ClientError {
-    ClientError::failed(format!("{}: {}", mountpoint.display(), error.desc()))
+/// Takes a mount away without its daemon, and never what lies over it. Says who is in the way, and what can be done then.
+fn take_away(connection: u32, mountpoint: &Path, how: How, otherwise: &str) -> Result<(), ClientError> {
+    let how = match how {
+        How::Force => cut(connection).map(|()| How::Lazy)?,
+        how => how,
+    };
+    daemon::unmount(mountpoint, connection, how).map_err(|error| match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EBUSY) => {
+            let holders = daemon::holders_of(connection);
+            let list = holders.iter().map(|h| json!({"pid": h.pid, "comm": h.comm, "what": h.what.to_string_lossy()}));
+            let mut error = ClientError::failed(format!("{} is busy", mountpoint.display()));
+            error.problem["holders"] = list.collect();
+            error.hint(otherwise)
+        }
+        Some(errno) => ClientError::failed(format!("{}: {}", mountpoint.display(), errno.desc())).hint(otherwise),
+        None => ClientError::failed(error.to_string()).hint("unmount that first"),
+    })
 }
 
 /// A mount whose daemon is dead, or that no state file of this run directory knows. The daemon of the latter may live
@@ -258,35 +304,25 @@ fn end_dead(mountpoint: &Path, args: &UmountArgs) -> Result<String, ClientError>
     };
     let mountpoint = mount.mountpoint.as_path();
     let is_dead = mounts::is_disconnected(mountpoint);
-    match mount.filesystem.as_str() {
-        // The instance of that name has ended, and since then somebody else has mounted there.
-        FILESYSTEM_TYPE if args.mountpoint.is_none() && !is_dead => {
-            let place = mountpoint.display();
-            return Ok(format!("not mounted; what is mounted at {place} belongs to another run directory"));
-        }
-        FILESYSTEM_TYPE if args.force => cut(mount.minor).and_then(|()| detach(mountpoint, true))?,
-        FILESYSTEM_TYPE if args.lazy => detach(mountpoint, true)?,
-        FILESYSTEM_TYPE => end_unknown(mountpoint)?,
-        "fuse" if is_dead => detach(mountpoint, true)?,
-        other => {
-            let detail = format!("{} is a mount of type {other}, and not ours", mountpoint.display());
-            return Err(ClientError::failed(detail).hint("umount(8) unmounts it"));
-        }
+    let is_ours = mount.filesystem == FILESYSTEM_TYPE;
+    // The instance of that name has ended, and since then somebody else has mounted there.
+    if is_ours && args.mountpoint.is_none() && !is_dead {
+        let place = mountpoint.display();
+        return Ok(format!("not mounted; what is mounted at {place} belongs to another run directory"));
     }
+    let is_dead_fuse = is_dead && mount.filesystem == "fuse";
+    if !is_ours && !is_dead_fuse {
+        let detail = format!("{} is a mount of type {}, and not ours", mountpoint.display(), mount.filesystem);
+        return Err(ClientError::failed(detail).hint("umount(8) unmounts it"));
+    }
+    let how = if is_dead { How::Lazy } else { args.how() };
+    let or_else = "no instance of this run directory serves it; NEMESISFS_RUNDIR chooses another, --lazy detaches it";
+    take_away(mount.minor, mountpoint, how, or_else)?;
     let who = match mount.instance().filter(|_| !is_dead) {
         Some(name) => format!("instance {name} of another run directory, or whose state is lost, served it"),
         None => "no living instance served it".into(),
     };
     Ok(format!("{} unmounted; {who}", mountpoint.display()))
-}
-
-fn end_unknown(mountpoint: &Path) -> Result<(), ClientError> {
-    match mounts::unmount(mountpoint, false) {
-        Err(Errno::EBUSY) if mounts::is_disconnected(mountpoint) => detach(mountpoint, true),
-        Err(error) => Err(cannot_unmount(mountpoint, error)
-            .hint("no instance of this run directory serves it; NEMESISFS_RUNDIR chooses another, --lazy detaches it")),
-        Ok(()) => Ok(()),
-    }
 }
 
 fn has_ended_within(instance: &Instance, limit: Duration) -> bool {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -664,4 +664,88 @@ fn force_cuts_the_connection_of_a_mount_that_is_covered_and_leaves_the_cover() {
         mounted.cli(&["umount", &place]);
         assert!(!is_mounted(&mounted.mountpoint), "{answers}");
     }
+}
+
+/// A mount of ours that can be seen elsewhere, too.
+struct Bound(PathBuf);
+
+impl Bound {
+    fn new(from: &Path, to: PathBuf) -> Bound {
+        let none: Option<&str> = None;
+        nix::mount::mount(Some(from), &to, none, nix::mount::MsFlags::MS_BIND, none).unwrap();
+        Bound(to)
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn what_is_bound_elsewhere_is_named_as_what_keeps_the_instance_and_ends_it_when_it_is_unmounted() {
+    for how in ["", "--lazy", "no socket"] {
+        let mounted = Mounted::new();
+        let bound = Bound::new(&mounted.mountpoint, mounted.aside("bound"));
+        let (run, place) = (mounted.run_dir(), mounted.mountpoint.display().to_string());
+        let other = bound.0.display().to_string();
+        if how == "no socket" {
+            std::fs::remove_file(&mounted.socket).unwrap();
+        }
+        let began = Instant::now();
+        let mut words = vec!["umount", &place];
+        words.extend(Some(how).filter(|how| how.starts_with('-')));
+        let said = program(&run, &words);
+        assert!(began.elapsed() < Duration::from_secs(10), "{how}: it is said at once: {said:?}");
+        let named = said.err.contains(&format!("instance t is still mounted at {other}"));
+        assert!(
+            said.code == 1 && named && said.err.contains(&format!("`nemesisfs umount {other}`")),
+            "{how}: {said:?}"
+        );
+        assert!(!is_mounted(&mounted.mountpoint) && is_alive(mounted.pid), "{how}");
+        std::fs::write(bound.0.join("f"), "it goes on").unwrap();
+        let said = program(&run, &["umount", &other]);
+        assert_eq!(said.code, 0, "{how}: {said:?}");
+        assert!(!is_mounted(&bound.0), "{how}");
+        eventually("the daemon's end", || !is_alive(mounted.pid));
+    }
+}
+
+#[test]
+fn a_place_where_it_is_bound_is_unmounted_alone_and_all_of_them_by_force() {
+    let mounted = Mounted::new();
+    let (one, two) = (mounted.aside("one"), mounted.aside("two"));
+    let bound = [Bound::new(&mounted.mountpoint, one), Bound::new(&mounted.mountpoint, two)];
+    let places = [&bound[0].0, &bound[1].0, &mounted.mountpoint];
+    let said = mounted.try_cli(&["umount", places[0].to_str().unwrap()]);
+    assert!(said.code == 0 && said.out.contains("one of the places of instance t"), "{said:?}");
+    assert_eq!(places.map(|place| is_mounted(place)), [false, true, true]);
+    mounted.check();
+    let said = mounted.try_cli(&["umount", "--instance", "t", "--force"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert_eq!(places.map(|place| is_mounted(place)), [false; 3], "{said:?}");
+    eventually("the daemon's end", || !is_alive(mounted.pid));
+}
+
+#[test]
+fn a_mount_that_was_moved_is_ended_where_it_is() {
+    let mounted = Mounted::new();
+    // A mount below a shared one cannot be moved.
+    let private = Bound::new(&mounted.aside("private"), mounted.aside("private"));
+    let none: Option<&str> = None;
+    nix::mount::mount(none, &private.0, none, nix::mount::MsFlags::MS_PRIVATE, none).unwrap();
+    let [from, to] = ["from", "to"].map(|name| private.0.join(name));
+    for dir in [&from, &to] {
+        std::fs::create_dir(dir).unwrap();
+    }
+    let (run, other) = (mounted.run_dir(), mounted.aside("other").display().to_string());
+    let said = program(&run, &["mount", &other, from.to_str().unwrap(), "--instance", "moved"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    nix::mount::mount(Some(&from), &to, none, nix::mount::MsFlags::MS_MOVE, none).unwrap();
+    let said = program(&run, &["umount", to.to_str().unwrap()]);
+    assert!(said.code == 0 && !said.out.contains("another run directory"), "{said:?}");
+    assert!(!is_mounted(&to), "{said:?}");
+    assert!(!program(&run, &["list"]).out.contains("moved"));
+    mounted.end();
 }
