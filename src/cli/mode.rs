@@ -5,10 +5,11 @@
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use crate::client::ClientError;
+use crate::client::{Client, ClientError};
 
 use super::args::{Span, quoted};
 use super::console::Outcome;
+use super::rule::path_of;
 use super::session::{Session, World, changed, on_each, shown};
 
 #[derive(Debug, Args)]
@@ -43,7 +44,7 @@ fn show(session: &Session) -> Result<Outcome, ClientError> {
 }
 
 fn set(session: &Session, mode: &str, args: &ModeArgs) -> Result<Outcome, ClientError> {
-    let old = if session.explains() { word(&session.client.get("/v1/mode")?.body) } else { None };
+    let old = if session.explains() { before(&session.client)? } else { None };
     let mut body = Map::new();
     body.insert("mode".into(), json!(mode));
     for (name, span) in [("for", &args.lifetime), ("up", &args.up), ("down", &args.down)] {
@@ -56,9 +57,44 @@ fn set(session: &Session, mode: &str, args: &ModeArgs) -> Result<Outcome, Client
     }
     let reply = session.after_coredumps(args.redirect_coredumps)?.put("/v1/mode", &Value::Object(body))?;
     let what = sentence(&reply.body);
-    let undo = old.filter(|old| old != mode).unwrap_or_else(|| "allow_writes".to_owned());
-    let undo = if mode == undo { Vec::new() } else { vec![session.undo(&format!("mode {}", quoted(&undo)))] };
-    Ok(changed(reply, what, undo))
+    let asked = |span: &Option<Span>| span.as_ref().map(|span| json!(span.text));
+    let cycle = json!({"up": asked(&args.up), "down": asked(&args.down)});
+    let lasts = args.lifetime.as_ref().map(|span| span.text.as_str());
+    let made = words(mode, lasts, &cycle, args.redirect_coredumps);
+    let undo = old.unwrap_or_else(|| format!("mode {NONE}"));
+    Ok(changed(
+        reply,
+        what,
+        Some(undo).filter(|undo| *undo != made).map(|undo| session.undo(&undo)).into_iter().collect(),
+    ))
+}
+
+/// The mode in which the mount does nothing.
+const NONE: &str = "allow_writes";
+
+/// The words that bring back the mode that is in force, for what is left of its time. None when it does nothing.
+pub fn before(client: &Client) -> Result<Option<String>, ClientError> {
+    let mode = client.get("/v1/mode")?.body;
+    let left = text(&mode, "remaining");
+    let Some(word) = text(&mode, "mode").filter(|mode| *mode != NONE && left != Some("0s")) else { return Ok(None) };
+    // It may have ended since.
+    let rule = client.get(&path_of("mode")).map(|reply| reply.body).unwrap_or_default();
+    Ok(Some(words(word, left, &mode, rule["redirect_coredumps"] == json!(true))))
+}
+
+/// The words that made the mode of which this is the rule. None when it has ended.
+pub fn made_by(client: &Client, rule: &Value) -> Result<Option<String>, ClientError> {
+    let mode = client.get("/v1/mode")?.body;
+    let word = text(&mode, "mode").filter(|mode| *mode != NONE);
+    let (trigger, redirects) = (&rule["trigger"], rule["redirect_coredumps"] == json!(true));
+    Ok(word.map(|word| words(word, text(trigger, "for"), trigger, redirects)))
+}
+
+fn words(mode: &str, lasts: Option<&str>, cycle: &Value, redirects: bool) -> String {
+    let spans = [("for", lasts), ("up", text(cycle, "up")), ("down", text(cycle, "down"))];
+    let spans = spans.iter().filter_map(|(name, span)| Some(format!(" --{name} {}", quoted((*span)?))));
+    let redirects = if redirects { " --redirect-coredumps" } else { "" };
+    format!("mode {}{}{redirects}", quoted(mode), spans.collect::<String>())
 }
 
 fn word(body: &Value) -> Option<String> {

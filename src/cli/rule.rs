@@ -17,7 +17,7 @@ use super::console::Outcome;
 use super::rule_args::{FaultArgs, MatchArgs, TriggerArgs, given};
 use super::rule_text::{command, sentence};
 use super::session::{Session, World, changed, on_each, shown};
-use super::{events, table};
+use super::{events, mode, space, table};
 
 #[derive(Debug, Subcommand)]
 pub enum RuleCommand {
@@ -197,7 +197,12 @@ fn show(session: &Session, name: &str) -> Result<Outcome, ClientError> {
     let mut lines = vec![format!("rule {name} {}: {}", field(rule, "state"), sentence(rule))];
     lines.push(format!("matches {}, injections {}", field(rule, "matches"), field(rule, "injections")));
     lines.push(format!("created {}", field(rule, "created")));
-    lines.extend(command(rule).map(|words| format!("made by: {}", session.command(&words))));
+    let made_by = match name {
+        "mode" => mode::made_by(&session.client, rule)?,
+        "space" => space::before(&session.client)?.limit,
+        _ => command(rule),
+    };
+    lines.extend(made_by.map(|words| format!("made by: {}", session.command(&words))));
     Ok(shown(reply, lines))
 }
 
@@ -241,24 +246,27 @@ fn switch(session: &Session, name: &str, enabled: bool) -> Result<Outcome, Clien
     Ok(changed(reply, what, vec![session.undo(&format!("rule {back} {}", quoted(name)))]))
 }
 
+/// Not what the mode and the capacity are told as, which have commands of their own.
+fn is_rule(rule: &&Value) -> bool {
+    !matches!(rule["name"].as_str(), Some("mode" | "space"))
+}
+
 /// All rules as they are now, if somebody will read how to get them back.
 fn all_before(session: &Session) -> Result<Vec<Value>, ClientError> {
     if !session.explains() {
         return Ok(Vec::new());
     }
-    Ok(rules(&session.client.get("/v1/rules")?.body).to_vec())
+    Ok(rules(&session.client.get("/v1/rules")?.body).iter().filter(is_rule).cloned().collect())
 }
 
 fn apply(session: &Session, set: &Value) -> Result<Outcome, ClientError> {
     let old = all_before(session)?;
     let redirects = set.get("rules").and_then(Value::as_array).is_some_and(|rules| rules.iter().any(redirects));
     let reply = session.after_coredumps(redirects)?.put("/v1/rules", set)?;
-    let mut what: Vec<String> = vec![format!("{} rules in force, in this order", rules(&reply.body).len())];
-    what.extend(
-        rules(&reply.body)
-            .iter()
-            .map(|rule| format!("  rule {} {}: {}", field(rule, "name"), field(rule, "state"), sentence(rule))),
-    );
+    let now: Vec<&Value> = rules(&reply.body).iter().filter(is_rule).collect();
+    let mut what: Vec<String> = vec![format!("{} rules in force, in this order", now.len())];
+    let line = |rule: &&Value| format!("  rule {} {}: {}", field(rule, "name"), field(rule, "state"), sentence(rule));
+    what.extend(now.iter().map(line));
     let mut undo = vec![session.undo("rule clear")];
     undo.extend(old.iter().map(|rule| undo_of(session, rule)));
     Ok(changed(reply, what.join("\n"), undo))
@@ -297,13 +305,14 @@ fn check(session: &Session) -> Result<Outcome, ClientError> {
     Ok(Outcome { complaints, exit, ..shown(Reply { body, ..reply }, lines) })
 }
 
+/// How long is looked for what can be brought back.
+const GLANCE: Duration = Duration::from_secs(1);
 /// How long devices and coredumps may take to be as they were.
 const RESET_ALL: Duration = Duration::from_secs(180);
 
 /// `reset` lives here because what it takes away and may have to bring back are rules.
 pub fn reset(session: &Session, all: bool) -> Result<Outcome, ClientError> {
-    // A daemon without a mount has no rules.
-    let old = all_before(session).unwrap_or_default();
+    let old = before_reset(session);
     let reply = match all {
         false => session.client.post("/v1/reset", &json!({}))?,
         true => session.patient(Some(RESET_ALL))?.post("/v1/reset?all=true", &json!({}))?,
@@ -326,8 +335,21 @@ pub fn reset(session: &Session, all: bool) -> Result<Outcome, ClientError> {
     let released = reply.body.get("released").and_then(Value::as_u64).unwrap_or_default();
     let what = format!("reset: {removed}; mode {mode}; capacity off; {released} parked requests went on");
     let what = std::iter::once(what).chain(machine).collect::<Vec<_>>().join("; ");
-    let bring_back = old.iter().filter(|rule| !matches!(field(rule, "name").as_str(), "mode" | "space"));
-    Ok(changed(reply, what, bring_back.map(|rule| undo_of(session, rule)).collect()))
+    Ok(changed(reply, what, old))
+}
+
+/// How to get back what a reset takes away. A daemon without a mount has nothing of this, and one whose disk hangs cannot
+/// tell all of it: the reset does not wait for that.
+fn before_reset(session: &Session) -> Vec<String> {
+    if !session.explains() {
+        return Vec::new();
+    }
+    let Ok(client) = session.patient(Some(GLANCE)) else { return Vec::new() };
+    let rules = client.get("/v1/rules").map(|reply| rules(&reply.body).to_vec()).unwrap_or_default();
+    let mode = mode::before(&client).ok().flatten();
+    let space = space::before(&client).map(|before| before.all()).unwrap_or_default();
+    let commands = mode.into_iter().chain(space).map(|words| session.undo(&words));
+    rules.iter().filter(is_rule).map(|rule| undo_of(session, rule)).chain(commands).collect()
 }
 
 fn names(body: &Value, key: &str) -> String {

@@ -155,10 +155,10 @@ fn given<const N: usize>(texts: [(&str, &Option<String>); N]) -> Map<String, Val
 }
 
 fn limit(session: &Session, args: &VirtualArgs) -> Result<Outcome, ClientError> {
-    let old = before(session)?;
+    let old = before_of(session)?;
     let reply = session.after_coredumps(args.redirect_coredumps)?.put("/v1/space", &args.document())?;
     let what = limits(&reply.body);
-    let undo = old.unwrap_or_else(|| "space clear virtual".to_owned());
+    let undo = old.limit.unwrap_or_else(|| "space clear virtual".to_owned());
     Ok(changed(reply, what, vec![session.undo(&undo)]))
 }
 
@@ -175,11 +175,15 @@ fn quota(session: &Session, args: &QuotaArgs) -> Result<Outcome, ClientError> {
     let there = body.get("quota").and_then(Value::as_array).into_iter().flatten();
     let same = |quota: &Value| ["uid", "path"].iter().all(|key| quota.get(key) == wanted.get(key));
     let mut list: Vec<Value> = there.filter_map(|quota| quota.get("requested").cloned()).collect();
+    let undo = match list.iter().find(|quota| same(quota)) {
+        Some(replaced) => vec![quota_words(replaced)],
+        None => std::iter::once("space clear quota".to_owned()).chain(list.iter().map(quota_words)).collect(),
+    };
     list.retain(|quota| !same(quota));
     list.push(wanted);
     let reply = session.client.put("/v1/space", &json!({"quota": list}))?;
     let what = quotas(&reply.body).join("\n");
-    Ok(changed(reply, what, vec![session.undo("space clear quota")]))
+    Ok(changed(reply, what, undo.iter().map(|words| session.undo(words)).collect()))
 }
 
 /// Fills the disk, which can take long; a person is told how far it is.
@@ -224,7 +228,7 @@ fn tell_progress(client: &Client, ended: &Receiver<()>) {
 }
 
 fn clear(session: &Session, part: Option<&str>) -> Result<Outcome, ClientError> {
-    let old = before(session)?;
+    let old = before_of(session)?;
     let reply = match part {
         None => session.client.delete("/v1/space")?,
         Some(part) => session.client.put("/v1/space", &json!({part: null}))?,
@@ -233,25 +237,59 @@ fn clear(session: &Session, part: Option<&str>) -> Result<Outcome, ClientError> 
         None | Some("virtual") => limits(&reply.body),
         Some(part) => format!("{part}: none"),
     };
-    let old = old.filter(|_| matches!(part, None | Some("virtual")));
-    Ok(changed(reply, what, old.map(|words| session.undo(&words)).into_iter().collect()))
+    let undo = match part {
+        None => old.all(),
+        Some("virtual") => old.limit.into_iter().collect(),
+        Some("quota") => old.quotas,
+        Some(_) => old.ballast.into_iter().collect(),
+    };
+    Ok(changed(reply, what, undo.iter().map(|words| session.undo(words)).collect()))
 }
 
-/// The command that asked for the limit that is in force, if somebody will read it.
-fn before(session: &Session) -> Result<Option<String>, ClientError> {
-    if !session.explains() {
-        return Ok(None);
+/// The commands that asked for what is in force.
+#[derive(Default)]
+pub struct Before {
+    pub limit: Option<String>,
+    quotas: Vec<String>,
+    ballast: Option<String>,
+}
+
+impl Before {
+    pub fn all(self) -> Vec<String> {
+        self.limit.into_iter().chain(self.quotas).chain(self.ballast).collect()
     }
-    let body = session.client.get("/v1/space")?.body;
-    let requested = body.pointer("/virtual/requested").and_then(Value::as_object);
-    Ok(requested.map(|requested| {
-        let flags = requested.iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| {
-            let text = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
-            let flag = name.replace('_', "-");
-            if value.is_boolean() { format!(" --{flag}") } else { format!(" --{flag} {}", quoted(&text)) }
-        });
-        format!("space virtual{}", flags.collect::<String>())
-    }))
+}
+
+/// What is in force now, if somebody will read how to get it back.
+fn before_of(session: &Session) -> Result<Before, ClientError> {
+    if session.explains() { before(&session.client) } else { Ok(Before::default()) }
+}
+
+pub fn before(client: &Client) -> Result<Before, ClientError> {
+    let body = client.get("/v1/space")?.body;
+    let there = body.get("quota").and_then(Value::as_array).into_iter().flatten();
+    let full = body.pointer("/ballast/target_free").and_then(Value::as_u64);
+    Ok(Before {
+        limit: body.pointer("/virtual/requested").map(|requested| words("virtual", requested)),
+        quotas: there.filter_map(|quota| quota.get("requested").map(quota_words)).collect(),
+        // Nobody tells whether it was forced, and it would be refused for nothing but that.
+        ballast: full.map(|free| format!("space ballast --until-free {free} --force")),
+    })
+}
+
+fn quota_words(requested: &Value) -> String {
+    words("quota", requested)
+}
+
+/// The words that ask for the same once more: each field has the flag of its name.
+fn words(part: &str, requested: &Value) -> String {
+    let fields = requested.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let flags = fields.map(|(name, value)| {
+        let text = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+        let flag = name.replace('_', "-");
+        if value.is_boolean() { format!(" --{flag}") } else { format!(" --{flag} {}", quoted(&text)) }
+    });
+    format!("space {part}{}", flags.collect::<String>())
 }
 
 fn limits(body: &Value) -> String {

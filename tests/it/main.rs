@@ -7,7 +7,7 @@
 //! fault; [`shapes`] what it sees of each kind, call by call, by [`calls`]; [`engine`] which requests a rule meets and fires on;
 //! [`kinds`] what real programs say of each kind; [`sweep`] the fault at every point; [`parking`] delayed and stalled requests; [`space`] capacity;
 //! [`events`] the stream; [`machine`] the daemon without a mount; [`redirect`] coredumps that go elsewhere; [`input`] bad
-//! input; [`databases`] published outcomes with real databases; [`docs`] that the documents are true; [`houses`] rules about the code itself;
+//! input; [`undo`] that what commands print to undo them does; [`databases`] published outcomes with real databases; [`docs`] that the documents are true; [`houses`] rules about the code itself;
 //! [`seeds`] what the fuzz targets begin with. For the guests of `tools/lab`, and ignored elsewhere: [`devices`] of the device
 //! mapper; [`cores`] as systemd-coredump stores them. Each test ends with [`support::Mounted::end`].
 
@@ -39,4 +39,5 @@ mod shapes;
 mod space;
 mod support;
 mod sweep;
+mod undo;
 mod write_path;
