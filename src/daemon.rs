@@ -94,7 +94,6 @@ pub fn run(options: Options, ready: impl FnOnce(&str)) -> Result<(), Failure> {
     let places = prepare(&options.backing, &options.mountpoint, &living)
         .map_err(|refused| with_hint(refused.reason, refused.hint))?;
     forget_the_dead(&options.run_dir, &places.mountpoint);
-    keep_out_of_mount(&options, &places)?;
     let (core, _alone) = open_backing(&places, &options)?;
     arm(&core, &options)?;
     let (listener, socket) = listen(&options.socket)?;
@@ -214,21 +213,6 @@ fn others(options: &Options) -> Result<Vec<Living>, Failure> {
         Some(Living { instance, backing: backing?, mountpoint: mountpoint?, detached })
     };
     Ok(others.filter_map(living).collect())
-}
-
-/// Nothing that we need may lie below the mountpoint: we would wait for ourselves.
-fn keep_out_of_mount(options: &Options, places: &Places) -> Result<(), Failure> {
-    let ours =
-        [Some(options.socket.as_path()), options.log.as_deref(), Some(&options.run_dir), Some(options.state.path())];
-    for file in ours.into_iter().flatten() {
-        let parent = file.parent().unwrap_or(Path::new("/"));
-        let real = parent.canonicalize().unwrap_or_else(|_| parent.to_path_buf());
-        if real.starts_with(&places.mountpoint) {
-            let error = format!("{} lies under the mountpoint", file.display());
-            return Err(with_hint(error, "use --socket, --log, NEMESISFS_RUNDIR, NEMESISFS_STATEDIR"));
-        }
-    }
-    Ok(())
 }
 
 /// Opens the backing directory, and locks it against a second daemon: one of another run directory cannot be seen

@@ -10,7 +10,7 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::client::ClientError;
-use crate::client::instances::{self, lexical};
+use crate::client::instances::{self, lexical, without_touching};
 use crate::daemon::{self, Options, machine};
 use crate::host::state::StateDir;
 
@@ -84,18 +84,12 @@ fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Options, ClientError> {
         None => lexical(&run_dir.join(format!("{instance}{suffix}"))),
     };
     let (socket, log) = (own(&args.socket, ".sock"), own(&args.log, ".log"));
-    for (what, path) in [("the socket", &socket), ("the log", &log), ("the run directory", &lexical(run_dir))] {
-        if path.starts_with(&mountpoint) {
-            let detail = format!("{what} {} would lie under the mountpoint", path.display());
-            return Err(ClientError::failed(detail).hint("use --socket, --log, NEMESISFS_RUNDIR"));
-        }
-    }
     let rules_file = args.rules.as_deref().map(lexical);
     let rules = match &rules_file {
         None => Vec::new(),
         Some(file) => rules_of(file)?,
     };
-    Ok(Options {
+    let options = Options {
         backing: lexical(&args.backing),
         mountpoint,
         instance,
@@ -109,7 +103,37 @@ fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Options, ClientError> {
         seed: args.seed,
         passthrough: args.passthrough.clone(),
         mount_options: args.options.clone(),
-    })
+    };
+    keep_apart(&options).map(|()| options)
+}
+
+/// Nothing of the daemon may lie among the files of the mount: it would wait for itself, the database would see it, and a
+/// rule could hit it.
+fn keep_apart(options: &Options) -> Result<(), ClientError> {
+    let log = options.log.as_deref().map(|log| ("the log", log, "--log"));
+    let all = [
+        ("the run directory", options.run_dir.as_path(), "NEMESISFS_RUNDIR"),
+        ("the state directory", options.state.path(), "NEMESISFS_STATEDIR"),
+        ("the socket", &options.socket, "--socket"),
+    ];
+    let within = |path: &Path, dir: &Path| path.starts_with(dir) || resolved(path).starts_with(without_touching(dir));
+    for (what, path, choice) in all.into_iter().chain(log) {
+        let path = lexical(path);
+        let place = match () {
+            () if within(&path, &options.mountpoint) => "under the mountpoint",
+            () if within(&path, &options.backing) => "in the backing directory",
+            () => continue,
+        };
+        let detail = format!("{what} {} would lie {place}, among the files of the mount", path.display());
+        return Err(ClientError::failed(detail).hint(format!("{choice} chooses another place")));
+    }
+    Ok(())
+}
+
+/// A path with symbolic links followed, as far as it exists.
+fn resolved(path: &Path) -> PathBuf {
+    let there = |above: &Path| Some(above.canonicalize().ok()?.join(path.strip_prefix(above).ok()?));
+    path.ancestors().find_map(there).unwrap_or_else(|| path.to_path_buf())
 }
 
 fn rules_of(file: &Path) -> Result<Vec<Value>, ClientError> {
@@ -239,10 +263,35 @@ mod tests {
     #[test]
     fn nothing_of_the_daemon_may_lie_under_the_mountpoint() {
         let dir = tempfile::tempdir().unwrap();
-        let mut under = args("/mnt/x");
-        under.log = Some("/mnt/x/../x/log".into());
-        assert_eq!(prepare(dir.path(), &under).unwrap_err().exit, exit::FAILED);
-        assert!(prepare(dir.path(), &args(&dir.path().display().to_string())).is_err());
+        let path = |name: &str| dir.path().join(name);
+        for name in ["x", "run", "state"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        std::os::unix::fs::symlink("x", path("link")).unwrap();
+        for at in ["x", "link"] {
+            let (real, wanted) =
+                (path("x"), MountArgs { backing: path(at), ..args(&path("elsewhere").display().to_string()) });
+            let in_place = MountArgs { backing: real.clone(), ..args(&path(at).display().to_string()) };
+            for wanted in [wanted, in_place] {
+                assert!(prepare(&path("run"), &wanted).is_ok());
+                for below in [real.join("log"), path("link/log"), path("x/../x/no/such/log"), path("no/../link/log")] {
+                    let given = |log: Option<&PathBuf>, socket: Option<&PathBuf>| MountArgs {
+                        log: log.cloned(),
+                        socket: socket.cloned(),
+                        ..wanted.clone()
+                    };
+                    for (what, given, run_dir) in [
+                        ("--log", given(Some(&below), None), path("run")),
+                        ("--socket", given(None, Some(&below)), path("run")),
+                        ("NEMESISFS_RUNDIR", given(None, None), below.clone()),
+                    ] {
+                        let refused = prepare(&run_dir, &given).unwrap_err();
+                        let hint = refused.problem["hint"].as_str().unwrap();
+                        assert!(refused.exit == exit::FAILED && hint.contains(what), "{below:?}: {refused}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -749,3 +749,36 @@ fn a_mount_that_was_moved_is_ended_where_it_is() {
     assert!(!program(&run, &["list"]).out.contains("moved"));
     mounted.end();
 }
+
+/// A database would see it, a rule could hit it, and we would wait for ourselves.
+#[test]
+fn nothing_of_the_daemon_may_lie_among_the_files_of_the_mount() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    for name in ["backing", "mnt", "run", "state"] {
+        std::fs::create_dir(path(name)).unwrap();
+    }
+    std::os::unix::fs::symlink("backing", path("link")).unwrap();
+    for mountpoint in ["mnt", "backing", "link"] {
+        for below in ["backing/x", "link/x", "mnt/../backing/x"] {
+            for what in ["--log", "--socket", "NEMESISFS_RUNDIR", "NEMESISFS_STATEDIR"] {
+                let mut command = Command::new(executable());
+                command.args(["mount", &path("backing"), &path(mountpoint), "--instance", "n"]);
+                command.env("NEMESISFS_RUNDIR", path("run")).env("NEMESISFS_STATEDIR", path("state"));
+                match what.starts_with('-') {
+                    true => command.args([what, &path(below)]),
+                    false => command.env(what, path(below)),
+                };
+                let said: Said = command.output().unwrap().into();
+                if said.code == 0 {
+                    program(Path::new(&path("run")), &["umount", &path(mountpoint)]);
+                    program(Path::new(&path(below)), &["umount", &path(mountpoint)]);
+                }
+                let told =
+                    said.err.contains("among the files of the mount") && said.err.contains(&format!("hint: {what} "));
+                assert!(said.code == 1 && told, "{mountpoint} {below} {what}: {said:?}");
+            }
+        }
+    }
+    assert_eq!(std::fs::read_dir(path("backing")).unwrap().count(), 0);
+}
