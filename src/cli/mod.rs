@@ -30,6 +30,7 @@ mod sweep_report;
 mod sweep_words;
 mod table;
 mod umount;
+mod usage;
 
 use std::ffi::OsString;
 use std::io;
@@ -116,18 +117,29 @@ pub fn main() -> ExitCode {
 /// it, as the demo does. `mount` without `--foreground` starts the running program again with `mount` as its first
 /// argument, which must end up here too.
 pub fn main_from(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let mut cli = match Cli::try_parse_from(arguments) {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let mut cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
-        Err(error) => {
-            let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit::USAGE));
-        }
+        Err(error) => return ExitCode::from(refused(&error, &arguments)),
     };
     // An environment variable that is set to nothing chooses nothing.
     cli.globals.host.retain(|word| !word.is_empty());
     let Globals { json, quiet, .. } = cli.globals;
     let console = Console::new(Box::new(io::stdout()), Box::new(io::stderr()), json, quiet);
     ExitCode::from(run(&cli, &instances::run_dir(), &console))
+}
+
+/// Says what is wrong with a command line, or gives the help that was asked for.
+fn refused(error: &clap::Error, arguments: &[OsString]) -> u8 {
+    let words: Vec<String> = arguments.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+    let json = words.iter().take_while(|word| *word != "--").any(|word| word == "--json");
+    match usage::explained(error, &words, Cli::command()) {
+        Some(error) => Console::new(Box::new(io::stdout()), Box::new(io::stderr()), json, false).error(&error),
+        None => {
+            let _ = error.print();
+            u8::try_from(error.exit_code()).unwrap_or(exit::USAGE)
+        }
+    }
 }
 
 fn run(cli: &Cli, run_dir: &Path, console: &Console) -> u8 {
