@@ -10,8 +10,8 @@ use clap::Args;
 /// The flags that every command takes.
 #[derive(Debug, Clone, Args)]
 pub struct Globals {
-    /// The instance to talk to: unix:///path (a glob names several), tcp://host:port, or the name of an instance of
-    /// this host. Repeatable. Not needed when one instance runs here
+    /// The instance to talk to: unix:///path, tcp://host:port, or the name of an instance of this host. A glob of paths
+    /// or names means several. Repeatable. Not needed when one instance runs here
     #[arg(
         short = 'H',
         long,

@@ -49,7 +49,7 @@ pub struct MountArgs {
     /// Of all draws that no rule seeds itself
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Mount options, separated by commas
+    /// Mount options, separated by commas: ro, nosuid, nodev, noexec, noatime and their opposites
     #[arg(short = 'o', value_name = "OPTS", value_delimiter = ',')]
     options: Vec<String>,
     /// Where a child tells its parent that it is ready

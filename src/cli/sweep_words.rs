@@ -15,6 +15,10 @@ pub fn place(text: &str) -> Result<Value, String> {
 
 /// `{"kind":"error","errno":"EIO"}`, `kind=error,errno=EIO`, `drop`; all else is a term, and for the server to read.
 pub fn fault(text: &str) -> Result<Value, String> {
+    let is_nameless = |(kind, rest): (&str, &str)| is_word(kind) && pairs(rest).is_some();
+    if text.split_once(',').is_some_and(is_nameless) {
+        return Err(format!("the kind has no name before it; write it as kind={text}"));
+    }
     let kind = || is_word(text).then(|| json!({"kind": text}));
     Ok(object(text)?.or_else(|| pairs(text)).or_else(kind).unwrap_or_else(|| json!(text)))
 }
@@ -69,5 +73,6 @@ mod tests {
         assert_eq!(fault(r#"{"kind":"drop"}"#), Ok(json!({"kind": "drop"})));
         assert_eq!(fault("bad_sectors"), Ok(json!({"kind": "bad_sectors"})));
         assert_eq!(fault("50%return(EIO)"), Ok(json!("50%return(EIO)")));
+        assert!(fault("error,errno=EIO").unwrap_err().ends_with("; write it as kind=error,errno=EIO"));
     }
 }

@@ -92,8 +92,13 @@ fn parse(word: &str, run_dir: &Path) -> Result<Vec<Target>, ClientError> {
             Err(ClientError::usage(format!("-H {word}: unknown scheme")).hint("use unix:///path or tcp://host:port"))
         }
         None if word.contains('/') => sockets(word),
+        None if is_glob(word) => by_glob(word, run_dir),
         None => by_name(word, run_dir).map(|target| vec![target]),
     }
+}
+
+fn is_glob(text: &str) -> bool {
+    text.contains(['*', '?', '['])
 }
 
 fn tcp(address: &str) -> Result<Target, ClientError> {
@@ -105,7 +110,7 @@ fn tcp(address: &str) -> Result<Target, ClientError> {
 }
 
 fn sockets(path: &str) -> Result<Vec<Target>, ClientError> {
-    if !path.contains(['*', '?', '[']) {
+    if !is_glob(path) {
         return Ok(vec![Target::of(Host::Unix(path.into()))]);
     }
     let paths = glob::glob(path).map_err(|error| ClientError::usage(format!("-H {path}: {error}")))?;
@@ -114,6 +119,17 @@ fn sockets(path: &str) -> Result<Vec<Target>, ClientError> {
         return Err(ClientError::no_instance(format!("no socket matches {path}")));
     }
     Ok(targets)
+}
+
+/// The living mounts with such names. A daemon without one may have come by itself.
+fn by_glob(name: &str, run_dir: &Path) -> Result<Vec<Target>, ClientError> {
+    let glob = glob::Pattern::new(name).map_err(|error| ClientError::usage(format!("-H {name}: {error}")))?;
+    let mut found = living(run_dir)?;
+    found.retain(|instance| instance.state.mountpoint.is_some() && glob.matches(&instance.state.instance));
+    if found.is_empty() {
+        return Err(ClientError::no_instance(format!("no instance with a name like {name} lives here")));
+    }
+    Ok(found.iter().map(|instance| Target::of_instance(instance, true)).collect())
 }
 
 fn by_name(name: &str, run_dir: &Path) -> Result<Target, ClientError> {
@@ -182,6 +198,26 @@ mod tests {
         assert_eq!(resolve_in(dir.path(), &["unix:x.sock"]).unwrap(), ["unix://x.sock"]);
         assert_eq!(resolve_in(dir.path(), &["/x/y"]).unwrap(), ["unix:///x/y"]);
         assert_eq!(resolve_in(dir.path(), &[&at("*.no")]).unwrap_err().exit, exit::NO_INSTANCE);
+    }
+
+    #[test]
+    fn a_glob_of_names_means_the_mounts_that_live() {
+        use nix::fcntl::{Flock, FlockArg};
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, mountpoint: Option<&str>| {
+            let state = serde_json::json!({"instance": name, "pid": 1, "mountpoint": mountpoint, "backing": mountpoint,
+                "socket": format!("/run/{name}.sock")});
+            let file = dir.path().join(format!("{name}.json"));
+            std::fs::write(&file, state.to_string()).unwrap();
+            file
+        };
+        let hold = |file| Flock::lock(std::fs::File::open(file).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
+        let _locks = [hold(write("n1", Some("/1"))), hold(write("n2", Some("/2"))), hold(write("nhost", None))];
+        write("n3", Some("/3"));
+        let expected = ["unix:///run/n1.sock", "unix:///run/n2.sock"];
+        assert_eq!(resolve_in(dir.path(), &["n*"]).unwrap(), expected);
+        assert_eq!(resolve_in(dir.path(), &["n2", "n[12]"]).unwrap(), [expected[1], expected[0]]);
+        assert_eq!(resolve_in(dir.path(), &["x*"]).unwrap_err().exit, exit::NO_INSTANCE);
     }
 
     #[test]

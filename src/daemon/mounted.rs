@@ -2,9 +2,10 @@
 //!
 //! On the main thread of the daemon, before anything is served. Locks: none. Must never: leave a mount that nobody serves.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::{MountOption, Session, SessionACL};
@@ -54,8 +55,7 @@ impl Mounted {
     ) -> Result<Session<Adapter>, Failure> {
         let flags = mount_flags(core, options)?;
         let connection = mounts::mount(&places.mountpoint, &options.instance, flags).map_err(|error| {
-            let hint = "is FUSE there? ls -l /dev/fuse";
-            with_hint(format!("mount {}: {error}", places.mountpoint.display()), hint)
+            cannot_mount(places, &error, "root alone is not enough where CAP_SYS_ADMIN is taken away")
         })?;
         let config = config(readers);
         Session::from_fd(Adapter(core.clone()), connection, SessionACL::All, config).map_err(|error| {
@@ -86,10 +86,8 @@ impl Mounted {
         ];
         let read_only = flags.contains(MsFlags::MS_RDONLY);
         config.mount_options.extend(read_only.then_some(MountOption::RO));
-        Session::new(Adapter(core.clone()), &places.mountpoint, &config).map_err(|error| {
-            let hint = "without root, fusermount3 (package fuse3) makes the mount";
-            with_hint(format!("mount {}: {error}", places.mountpoint.display()), hint)
-        })
+        Session::new(Adapter(core.clone()), &places.mountpoint, &config)
+            .map_err(|error| cannot_mount(places, &error, "without root, fusermount3 (package fuse3) makes the mount"))
     }
 
     pub(super) fn identity(&self, options: &Options, places: &Places) -> Identity {
@@ -106,6 +104,25 @@ impl Mounted {
             }),
         }
     }
+}
+
+/// Names the device where that is what cannot be opened.
+fn cannot_mount(places: &Places, error: &io::Error, hint: &str) -> Failure {
+    let device = Path::new("/dev/fuse");
+    match File::options().read(true).write(true).open(device) {
+        Err(error) => no_device(device, &error),
+        Ok(_) => with_hint(format!("mount {}: {error}", places.mountpoint.display()), hint),
+    }
+}
+
+fn no_device(device: &Path, error: &io::Error) -> Failure {
+    let hint = match error.raw_os_error() {
+        Some(libc::EACCES) => "`chmod 666 /dev/fuse` as root lets all users mount, as most systems have it",
+        // Of a container that has the file, but may not use it.
+        Some(libc::EPERM) => "in a container: start it with --device /dev/fuse --cap-add SYS_ADMIN",
+        _ => "`modprobe fuse` as root; in a container: start it with --device /dev/fuse --cap-add SYS_ADMIN",
+    };
+    with_hint(format!("{}, by which we mount, cannot be opened: {error}", device.display()), hint)
 }
 
 /// One more than there are processors: measured best, see `docs/performance.md`.
@@ -146,16 +163,59 @@ const OPTIONS: &[(&str, &str, MsFlags, FsFlags)] = &[
     ("atime", "noatime", MsFlags::MS_NOATIME, FsFlags::ST_NOATIME),
 ];
 
+/// What holds without being said: there is nothing to do.
+const HOLDS: &[&str] = &["allow_other", "default_permissions", "nonempty", "defaults"];
+
+/// Options of other FUSE filesystems, and why there is no such thing here.
+const NOT_HERE: &[(&str, &str)] = &[
+    ("allow_other", "without root only the user who mounts sees the mount; as root all users do"),
+    ("allow_root", "all users see the mount, as with allow_other, which is always so"),
+    ("auto_unmount", "a dead mount shows that its daemon died; `nemesisfs umount`, or the next mount, cleans it up"),
+    ("fsname", "the source is nemesisfs:NAME, by which mounts are found again; --instance NAME chooses it"),
+    ("subtype", "the type is fuse.nemesisfs, by which mounts are found again"),
+    ("modules", "there are none; the directory with the files is the first of the two that mount takes"),
+    ("subdir", "the directory with the files is the first of the two that mount takes"),
+    ("kernel_cache", "what the kernel keeps is decided by the rules, so that each request meets them"),
+    ("auto_cache", "what the kernel keeps is decided by the rules, so that each request meets them"),
+    ("direct_io", "a program gets direct I/O by asking for it, as it does without us"),
+];
+
+/// Refuses what is no option, with the reason where others have one of that name.
+fn check_options(given: &[String]) -> Result<(), Failure> {
+    let words = || OPTIONS.iter().flat_map(|(on, off, ..)| [*on, *off]);
+    let is_root = nix::unistd::geteuid().is_root();
+    let holds = HOLDS.iter().copied().filter(|word| is_root || *word != "allow_other");
+    let known = |given: &&String| words().chain(holds.clone()).any(|word| word == given.as_str());
+    let Some(option) = given.iter().find(|given| !known(given)) else { return Ok(()) };
+    let name = option.split('=').next().unwrap_or_default();
+    let (what, hint) = match NOT_HERE.iter().find(|(word, _)| *word == name) {
+        Some((_, why)) => ("there is no mount option", (*why).to_owned()),
+        None => ("unknown mount option", format!("one of: {}", words().collect::<Vec<_>>().join(" "))),
+    };
+    Err(Failure { exit: exit::USAGE, ..with_hint(format!("{what} {option:?}"), hint) })
+}
+
 /// What the backing filesystem is mounted with, so is the mount over it; `-o` has the last word.
 fn mount_flags(core: &Core, options: &Options) -> Result<MsFlags, Failure> {
+    check_options(&options.mount_options)?;
     let below = fstatvfs(core.tree.backing()).map_or(FsFlags::empty(), |statvfs| statvfs.flags());
-    let words = || OPTIONS.iter().flat_map(|(on, off, ..)| [*on, *off]);
-    if let Some(unknown) = options.mount_options.iter().find(|given| words().all(|word| word != given.as_str())) {
-        let hint = format!("one of: {}", words().collect::<Vec<_>>().join(" "));
-        return Err(Failure { exit: exit::USAGE, ..with_hint(format!("unknown mount option {unknown:?}"), hint) });
-    }
     let given = |word: &str| options.mount_options.iter().any(|given| given == word);
     let is_off =
         |(on, off, _, shown): &&(&str, &str, MsFlags, FsFlags)| given(off) || (below.contains(*shown) && !given(on));
     Ok(OPTIONS.iter().filter(is_off).fold(MsFlags::empty(), |flags, (_, _, flag, _)| flags | *flag))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_is_named_where_that_is_what_is_missing() {
+        let device = Path::new("/dev/fuse");
+        for (errno, says) in [(libc::EACCES, "chmod"), (libc::EPERM, "container"), (libc::ENOENT, "modprobe")] {
+            let told = no_device(device, &io::Error::from_raw_os_error(errno));
+            let hint = told.hint.unwrap();
+            assert!(told.error.starts_with("/dev/fuse, ") && hint.contains(says), "{}: {hint}", told.error);
+        }
+    }
 }

@@ -782,3 +782,34 @@ fn nothing_of_the_daemon_may_lie_among_the_files_of_the_mount() {
     }
     assert_eq!(std::fs::read_dir(path("backing")).unwrap().count(), 0);
 }
+
+/// The command lines of others are used here, too.
+#[test]
+fn what_other_fuse_filesystems_are_told_by_o_is_taken_where_it_holds_and_else_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    for name in ["backing", "mnt", "mnt/not-empty"] {
+        std::fs::create_dir(path(name)).unwrap();
+    }
+    let run = dir.path().join("run");
+    let mount = |options: &str| program(&run, &["mount", &path("backing"), &path("mnt"), "-o", options]);
+    for (option, hint) in [
+        ("allow_root", "all users"),
+        ("auto_unmount", "nemesisfs umount"),
+        ("fsname=data", "--instance"),
+        ("modules=subdir", "the first of the two"),
+        ("sude", "one of: rw ro"),
+    ] {
+        let said = mount(&format!("noatime,{option}"));
+        let told = said.err.contains(&format!("mount option \"{option}\"")) && said.err.contains(hint);
+        assert!(said.code == 2 && told, "{said:?}");
+        assert!(!is_mounted(Path::new(&path("mnt"))), "{said:?}");
+    }
+    let said = mount("allow_other,default_permissions,nonempty,defaults,noatime");
+    assert_eq!(said.code, 0, "{said:?}");
+    let options = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let options = options.lines().find(|line| line.contains(&path("mnt"))).unwrap();
+    let umount = program(&run, &["umount", &path("mnt")]);
+    let hold = ["noatime", "allow_other", "default_permissions"].iter().all(|word| options.contains(word));
+    assert!(hold && umount.code == 0, "{options}: {umount:?}");
+}
