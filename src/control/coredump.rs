@@ -16,7 +16,7 @@ use super::problem::Problem;
 use super::{Answer, OfAny, body, document, helper};
 use crate::fault;
 use crate::fault::compile::{bytes, nanoseconds};
-use crate::host::coredump::{self, By, Failure, Kind, OnLow, Wanted, steps};
+use crate::host::coredump::{self, By, OnLow, Wanted, steps};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -83,23 +83,6 @@ fn word<T: Copy + Default>(name: &str, given: Option<String>, known: &[(&str, T)
         let problem = fault::Problem::new(format!("#/{name}"), format!("{name}: unknown word {given:?}"));
         Problem::of_body(problem.nearest(&given, known.iter().map(|(word, _)| *word)))
     })
-}
-
-impl From<Failure> for Problem {
-    fn from(failure: Failure) -> Problem {
-        let (status, code) = match failure.kind {
-            Kind::Invalid => (400, "bad_request"),
-            Kind::Unsupported => (501, "not_supported"),
-            Kind::Conflict => (409, "conflict"),
-            Kind::NotFound => (404, "not_found"),
-            Kind::Failed => (500, "internal"),
-        };
-        let problem = Problem::new(status, code, failure.detail);
-        match failure.hint {
-            Some(hint) => problem.hint(hint),
-            None => problem,
-        }
-    }
 }
 
 pub async fn status(State(service): OfAny) -> Answer {

@@ -15,8 +15,7 @@ use serde_json::Value;
 use super::problem::Problem;
 use super::{Answer, AnyDaemon, OfAny, body, document, helper};
 use crate::fault;
-use crate::host::Machine;
-use crate::host::device::{self, Kind, Refused};
+use crate::host::{Kind, Machine, Refused, device};
 
 pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S>
 where
@@ -35,14 +34,16 @@ where
 
 impl From<Refused> for Problem {
     fn from(refused: Refused) -> Problem {
-        let status = match &refused.kind {
-            Kind::Invalid(pointer) => {
-                let problem = fault::Problem::new(pointer, refused.detail);
-                return Problem::of_body(fault::Problem { hint: refused.hint, ..problem });
-            }
+        if let Some(pointer) = &refused.pointer {
+            let problem = fault::Problem::new(pointer, refused.detail);
+            return Problem::of_body(fault::Problem { hint: refused.hint, ..problem });
+        }
+        let status = match refused.kind {
+            Kind::Invalid => 400,
             Kind::NotFound => 404,
             Kind::Busy | Kind::Conflict => 409,
             Kind::NotSupported => 501,
+            Kind::Failed => 500,
         };
         let problem = Problem::new(status, refused.code(), refused.detail);
         let problem = refused.hint.into_iter().fold(problem, Problem::hint);

@@ -10,6 +10,7 @@
 pub mod coredump;
 pub mod device;
 pub mod guard;
+pub mod refused;
 pub mod state;
 pub mod tool;
 
@@ -22,6 +23,7 @@ use serde_json::Value;
 
 use crate::event::Ring;
 pub use guard::Guard;
+pub use refused::{Kind, Refused};
 use state::StateDir;
 
 /// A path as documents and events tell it. Names of programs and of mounts of others may be no UTF-8, and `json!` panics on

@@ -11,9 +11,8 @@ use std::{fs, io};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::failure::Failure;
 use crate::host::state::{Deadline, Part, StateDir, boot};
-use crate::host::{Machine, shown};
+use crate::host::{Machine, Refused, shown};
 use crate::sys::mounts::Mount;
 
 /// The part of the state, and the one file in it.
@@ -172,16 +171,16 @@ impl Switch {
 impl Book {
     /// # Errors
     /// When it is there and cannot be read.
-    pub fn read(part: &Part) -> Result<Book, Failure> {
+    pub fn read(part: &Part) -> Result<Book, Refused> {
         Ok(part.get(FILE).map_err(|error| unreadable(part.path(), &error))?.unwrap_or_default())
     }
 
     /// # Errors
     /// When it cannot be written; then the old one is there.
-    pub fn write(&self, part: &Part) -> Result<(), Failure> {
+    pub fn write(&self, part: &Part) -> Result<(), Refused> {
         let is_empty = self.leases.is_empty() && self.switch.is_none() && self.away.is_empty();
         let written = if is_empty { part.remove(FILE) } else { part.put(FILE, self) };
-        written.map_err(|error| Failure::failed(format!("the state of coredumps cannot be written: {error}")))
+        written.map_err(|error| Refused::failed(format!("the state of coredumps cannot be written: {error}")))
     }
 
     pub fn lease(&self, name: &str) -> Option<&Lease> {
@@ -232,7 +231,7 @@ impl Book {
 ///
 /// # Errors
 /// When it is there and cannot be read: then nobody knows what is redirected.
-pub fn look(state: &StateDir) -> Result<Book, Failure> {
+pub fn look(state: &StateDir) -> Result<Book, Refused> {
     let part = state.path().join(PART);
     match fs::read(part.join(format!("{FILE}.json"))) {
         Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| unreadable(&part, &error.into())),
@@ -248,25 +247,25 @@ pub fn peek(state: &StateDir) -> Book {
     look(state).unwrap_or_default()
 }
 
-fn unreadable(part: &Path, error: &io::Error) -> Failure {
+fn unreadable(part: &Path, error: &io::Error) -> Refused {
     let file = part.join(format!("{FILE}.json"));
     let file = file.display();
-    let failure = Failure::failed(format!("{file} cannot be read, so nobody knows what is redirected: {error}"));
+    let failure = Refused::failed(format!("{file} cannot be read, so nobody knows what is redirected: {error}"));
     failure.hint(format!("umount what `findmnt` shows of ours on the core directory, then remove {file}"))
 }
 
 /// # Errors
 /// When another operation holds it for long.
-pub fn lock(machine: &Machine) -> Result<Part, Failure> {
+pub fn lock(machine: &Machine) -> Result<Part, Refused> {
     let cannot = |error: std::io::Error| {
         let place = machine.state.path().join(PART);
         match error.raw_os_error() {
-            Some(libc::EWOULDBLOCK) => Failure::conflict("another operation on coredumps takes more than a minute"),
+            Some(libc::EWOULDBLOCK) => Refused::conflict("another operation on coredumps takes more than a minute"),
             Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
-                Failure::unsupported(format!("{}: {error}", place.display()))
+                Refused::not_supported(format!("{}: {error}", place.display()))
                     .hint("redirecting coredumps needs root, and a state directory: NEMESISFS_STATEDIR")
             }
-            _ => Failure::failed(format!("{}: {error}", place.display())),
+            _ => Refused::failed(format!("{}: {error}", place.display())),
         }
     };
     machine.state.part(PART).map_err(cannot)

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::failure::Failure;
 use super::found::{Found, MountedBy, Taker};
+use crate::host::Refused;
 use crate::sys::mounts::{self, Mount};
 
 /// The longest `kernel.core_pattern` that the kernel keeps whole.
@@ -44,28 +44,28 @@ impl Choice {
 ///
 /// # Errors
 /// When cores cannot be redirected, or not there.
-pub fn choose(found: &Found, fallback: &Path, fills: &[PathBuf], mounts: &[Mount]) -> Result<Choice, Failure> {
+pub fn choose(found: &Found, fallback: &Path, fills: &[PathBuf], mounts: &[Mount]) -> Result<Choice, Refused> {
     match &found.taker {
-        Taker::Nobody => Err(Failure::unsupported(found.text()).hint("sysctl kernel.core_pattern")),
+        Taker::Nobody => Err(Refused::not_supported(found.text()).hint("sysctl kernel.core_pattern")),
         Taker::Program(program) => Err(other_program(program)),
         Taker::Systemd { storage } if storage != "external" => {
             let detail = format!("systemd-coredump has Storage={storage}: it writes no files that could go elsewhere");
-            Err(Failure::unsupported(detail).hint("Storage=external in /etc/systemd/coredump.conf"))
+            Err(Refused::not_supported(detail).hint("Storage=external in /etc/systemd/coredump.conf"))
         }
         Taker::WorkingDirectory => pattern(found, fallback),
         Taker::Systemd { .. } | Taker::Directory | Taker::Directories => directory(found, fallback, fills, mounts),
     }
 }
 
-fn other_program(program: &str) -> Failure {
+fn other_program(program: &str) -> Refused {
     let detail = format!("kernel.core_pattern hands cores to {program}, and only that knows where they then go");
-    Failure::unsupported(detail).hint("tell that program to write elsewhere, or set core_pattern to a file")
+    Refused::not_supported(detail).hint("tell that program to write elsewhere, or set core_pattern to a file")
 }
 
-fn directory(found: &Found, fallback: &Path, fills: &[PathBuf], mounts: &[Mount]) -> Result<Choice, Failure> {
+fn directory(found: &Found, fallback: &Path, fills: &[PathBuf], mounts: &[Mount]) -> Result<Choice, Refused> {
     let (Some(directory), Some(mount)) = (&found.directory, &found.mount) else {
         let detail = format!("the core directory of kernel.core_pattern {:?} does not exist", found.pattern);
-        return Err(Failure::unsupported(detail));
+        return Err(Refused::not_supported(detail));
     };
     let place = directory.display();
     let device = |path: &Path| mounts::holding(mounts, path).map(|mount| mount.device.as_str());
@@ -74,7 +74,7 @@ fn directory(found: &Found, fallback: &Path, fills: &[PathBuf], mounts: &[Mount]
     is_refuge(fallback, fills, mounts)?;
     if fallback.starts_with(directory) {
         let detail = format!("{}, where cores should go instead, is below the core directory", fallback.display());
-        return Err(Failure::conflict(detail).hint("--to DIR names another directory"));
+        return Err(Refused::conflict(detail).hint("--to DIR names another directory"));
     }
     // A unit that is not mounted at the moment is by the next core.
     let may_be_mounted = found.mounted_by.is_none() && found.unit.is_some();
@@ -95,7 +95,7 @@ fn directory(found: &Found, fallback: &Path, fills: &[PathBuf], mounts: &[Mount]
 ///
 /// # Errors
 /// When it is to be filled too.
-pub fn is_refuge(fallback: &Path, fills: &[PathBuf], mounts: &[Mount]) -> Result<(), Failure> {
+pub fn is_refuge(fallback: &Path, fills: &[PathBuf], mounts: &[Mount]) -> Result<(), Refused> {
     let device = |path: &Path| mounts::holding(mounts, path).map(|mount| mount.device.as_str());
     let refuge = device(fallback);
     if refuge.is_none() || fills.iter().all(|path| device(path) != refuge) {
@@ -103,7 +103,7 @@ pub fn is_refuge(fallback: &Path, fills: &[PathBuf], mounts: &[Mount]) -> Result
     }
     let place = fallback.display();
     let detail = format!("{place}, where cores should go instead, is on the filesystem that is to be filled");
-    Err(Failure::conflict(detail).hint("--to DIR names another directory"))
+    Err(Refused::conflict(detail).hint("--to DIR names another directory"))
 }
 
 fn reached_by(found: &Found) -> String {
@@ -118,7 +118,7 @@ fn reached_by(found: &Found) -> String {
 }
 
 /// The last part of the pattern, made to differ from core to core, in the fallback directory.
-fn pattern(found: &Found, fallback: &Path) -> Result<Choice, Failure> {
+fn pattern(found: &Found, fallback: &Path) -> Result<Choice, Refused> {
     let name = found.pattern.rsplit('/').next().unwrap_or("core");
     let tells_apart = name.contains("%p") || name.contains("%P");
     let dir = fallback.display().to_string().replace('%', "%%");
@@ -126,7 +126,7 @@ fn pattern(found: &Found, fallback: &Path) -> Result<Choice, Failure> {
     if new.len() > LONGEST_PATTERN {
         let detail =
             format!("kernel.core_pattern {new:?} is longer than the {LONGEST_PATTERN} bytes that the kernel keeps");
-        return Err(Failure::invalid(detail).hint("--to DIR names a directory with a shorter path"));
+        return Err(Refused::invalid(detail).hint("--to DIR names a directory with a shorter path"));
     }
     let why = format!("{}: kernel.core_pattern is set to {new}, for the whole machine", found.text());
     Ok(Choice::Pattern { new, why })
@@ -134,8 +134,8 @@ fn pattern(found: &Found, fallback: &Path) -> Result<Choice, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::failure::Kind;
     use super::*;
+    use crate::host::Kind;
 
     fn mount(device: &str, at: &str) -> Mount {
         Mount {
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn what_cannot_be_redirected_is_refused_with_its_name() {
         for taker in [Taker::Program("/x/apport".into()), Taker::Nobody, Taker::Systemd { storage: "journal".into() }] {
-            assert_eq!(chosen(&found(taker, "/cores"), "/var/fallback", &[]), Err(Kind::Unsupported));
+            assert_eq!(chosen(&found(taker, "/cores"), "/var/fallback", &[]), Err(Kind::NotSupported));
         }
     }
 

@@ -11,20 +11,20 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
+use super::about;
 use super::book::{self, Away, Book};
-use super::failure::{Failure, about};
 use super::found::{Found, Ground, Taker};
 use super::home::cores;
 use crate::event::record::rfc3339;
 use crate::host::tool::{ToolError, ask};
-use crate::host::{Machine, shown};
+use crate::host::{Machine, Refused, shown};
 use crate::sys::mounts::{self, Mount};
 
 /// All that are known.
 ///
 /// # Errors
 /// When the system cannot be read.
-pub fn list(machine: &Machine) -> Result<Value, Failure> {
+pub fn list(machine: &Machine) -> Result<Value, Refused> {
     let _at_work = machine.begin();
     let ground = Ground::default();
     let book = book::peek(&machine.state);

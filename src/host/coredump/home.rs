@@ -24,7 +24,7 @@ use serde_json::json;
 use super::book::{self, Away, Book};
 use super::{EVENT, room};
 use crate::host::state::{Deadline, Part};
-use crate::host::{Machine, shown};
+use crate::host::{Machine, Refused, shown};
 use crate::sys::{mounts, xattr};
 
 /// One at a time carries.
@@ -86,7 +86,7 @@ pub fn carry(machine: &Machine, alone: Option<Part>) -> Carried {
 }
 
 /// Strikes out directories that are empty by now, and writes down why others are not.
-fn settle(machine: &Machine, reasons: &HashMap<PathBuf, String>) -> Result<(), super::Failure> {
+fn settle(machine: &Machine, reasons: &HashMap<PathBuf, String>) -> Result<(), Refused> {
     let part = book::lock(machine)?;
     let mut book = Book::read(&part)?;
     let (left, emptied): (Vec<Away>, _) = book.away.drain(..).partition(|away| has_cores(&away.dir));

@@ -11,9 +11,9 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use super::about;
 use super::book::{self, Away, Book, Lease, Means, Stage, Switch, milliseconds};
 use super::choice::{Choice, choose, is_refuge};
-use super::failure::{Failure, Kind, about};
 use super::found::{self, Found, Ground, Hindrance, Taker};
 use super::room::{Room, resolved};
 use super::steps::{self, What};
@@ -22,7 +22,7 @@ use super::{By, EVENT, LIFE, NEED, OnLow, PATIENCE, Released, Taken, Wanted, fli
 use crate::event::record::rfc3339;
 use crate::host::state::{Deadline, Part, boot, is_name};
 use crate::host::tool::Tools;
-use crate::host::{AtWork, Machine, shown};
+use crate::host::{AtWork, Kind, Machine, Refused, shown};
 use crate::sys::mounts;
 
 /// How soon what could not be undone is tried again.
@@ -39,7 +39,7 @@ const LOST: &str = "others have undone it; it is done again";
 ///
 /// # Errors
 /// With what is in the way; then nothing was changed.
-pub fn redirect(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+pub fn redirect(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken, Refused> {
     Leases::of(machine).redirect(name, wanted)
 }
 
@@ -47,10 +47,10 @@ pub fn redirect(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken,
 ///
 /// # Errors
 /// When there is none, and as [`redirect`].
-pub fn renew(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+pub fn renew(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken, Refused> {
     let there = book::look(&machine.state)?.lease(name).is_some_and(|lease| !lease.until.has_passed());
     if !there {
-        let failure = Failure::new(Kind::NotFound, format!("there is no lease {name:?}"));
+        let failure = Refused::new(Kind::NotFound, format!("there is no lease {name:?}"));
         return Err(failure.hint("it may have ended: `nemesisfs coredump status` lists those that there are"));
     }
     redirect(machine, name, wanted)
@@ -61,7 +61,7 @@ pub fn renew(machine: &Machine, name: &str, wanted: &Wanted) -> Result<Taken, Fa
 /// # Errors
 /// When the state cannot be read, or an agent does not answer. That something is in the way of restoring is no error:
 /// it is told, and tried again by [`expire`].
-pub fn release(machine: &Machine, name: &str, timeout: Duration) -> Result<Released, Failure> {
+pub fn release(machine: &Machine, name: &str, timeout: Duration) -> Result<Released, Refused> {
     Leases::of(machine).release(Some(name), timeout)
 }
 
@@ -69,7 +69,7 @@ pub fn release(machine: &Machine, name: &str, timeout: Duration) -> Result<Relea
 ///
 /// # Errors
 /// As [`release`].
-pub fn release_all(machine: &Machine, timeout: Duration) -> Result<Released, Failure> {
+pub fn release_all(machine: &Machine, timeout: Duration) -> Result<Released, Refused> {
     Leases::of(machine).release(None, timeout)
 }
 
@@ -111,7 +111,7 @@ pub fn check_root(machine: &Machine) -> Option<Room> {
 ///
 /// # Errors
 /// When the system cannot be read.
-pub fn status(machine: &Machine) -> Result<Value, Failure> {
+pub fn status(machine: &Machine) -> Result<Value, Refused> {
     Leases::of(machine).status()
 }
 
@@ -125,7 +125,7 @@ pub fn lease(machine: &Machine, name: &str) -> Option<Value> {
 ///
 /// # Errors
 /// When the state cannot be read.
-pub fn leases(machine: &Machine) -> Result<Vec<Value>, Failure> {
+pub fn leases(machine: &Machine) -> Result<Vec<Value>, Refused> {
     let book = book::look(&machine.state)?;
     Ok(book.leases.iter().filter(|lease| !lease.until.has_passed()).map(Lease::json).collect())
 }
@@ -134,15 +134,15 @@ pub fn leases(machine: &Machine) -> Result<Vec<Value>, Failure> {
 ///
 /// # Errors
 /// With what hinders it.
-pub fn may_act() -> Result<(), Failure> {
+pub fn may_act() -> Result<(), Refused> {
     match found::hindrance(&Ground::default()) {
         None => Ok(()),
         Some(Hindrance::Privilege(why)) => {
-            Err(Failure::unsupported(format!("running {why}, it cannot change where cores go")))
+            Err(Refused::not_supported(format!("running {why}, it cannot change where cores go")))
         }
         Some(Hindrance::Container(why)) => {
             let detail = format!("in {why}, it cannot change where cores go");
-            Err(Failure::unsupported(detail).hint("run it on the node itself, in no container"))
+            Err(Refused::not_supported(detail).hint("run it on the node itself, in no container"))
         }
     }
 }
@@ -176,7 +176,7 @@ impl<'a> Leases<'a> {
         Steps { machine: self.machine, ground: &self.ground, tools: Tools::default(), patience }
     }
 
-    pub fn redirect(&self, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+    pub fn redirect(&self, name: &str, wanted: &Wanted) -> Result<Taken, Refused> {
         check(name, wanted)?;
         match found::hindrance(&self.ground) {
             _ if wanted.by == By::Agent => self.ask_to_redirect(name, wanted),
@@ -189,7 +189,7 @@ impl<'a> Leases<'a> {
         }
     }
 
-    fn redirect_here(&self, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+    fn redirect_here(&self, name: &str, wanted: &Wanted) -> Result<Taken, Refused> {
         let part = book::lock(self.machine)?;
         let mut book = Book::read(&part)?;
         self.drop_expired(&mut book);
@@ -231,13 +231,13 @@ impl<'a> Leases<'a> {
     }
 
     /// What was switched and is not in force: somebody has undone it, it was done half, or the machine has booted since.
-    fn forget_broken(&self, book: &mut Book, steps: &mut Steps, part: &Part) -> Result<(), Failure> {
+    fn forget_broken(&self, book: &mut Book, steps: &mut Steps, part: &Part) -> Result<(), Refused> {
         let Some(switch) = &book.switch else { return Ok(()) };
         if switch.boot == boot() && is_done(&self.ground, &switch.means) {
             return Ok(());
         }
         let in_the_way =
-            |reason: String| Failure::conflict(reason).hint("`nemesisfs coredump status` shows what is there");
+            |reason: String| Refused::conflict(reason).hint("`nemesisfs coredump status` shows what is there");
         steps.give_back(switch).map_err(in_the_way)?;
         self.put_away(book);
         book.write(part)
@@ -252,7 +252,7 @@ impl<'a> Leases<'a> {
         wanted: &Wanted,
         steps: &mut Steps,
         part: &Part,
-    ) -> Result<(bool, String, Value), Failure> {
+    ) -> Result<(bool, String, Value), Refused> {
         let found = self.look()?;
         let fallback = self.fallback(&found, wanted);
         let choice = choose(&found, &fallback, &filled(wanted), &table()?)?;
@@ -277,7 +277,7 @@ impl<'a> Leases<'a> {
         Ok((true, how, found.json()))
     }
 
-    fn look(&self) -> Result<Found, Failure> {
+    fn look(&self) -> Result<Found, Refused> {
         let switch = book::peek(&self.machine.state).switch;
         let ours = |mount: &mounts::Mount| switch.as_ref().is_some_and(|switch| switch.means.is(mount));
         Found::look(&self.ground, ours).map_err(|error| about(&self.ground.pattern, &error))
@@ -293,13 +293,13 @@ impl<'a> Leases<'a> {
         resolved(&self.machine.state.path().join("cores").join(name))
     }
 
-    fn check_room(&self, fallback: &Path, wanted: &Wanted) -> Result<(), Failure> {
+    fn check_room(&self, fallback: &Path, wanted: &Wanted) -> Result<(), Refused> {
         let room = Room::look(fallback, wanted.need.unwrap_or(NEED))?;
         let Some(complaint) = room.complaint() else { return Ok(()) };
         self.machine.ring.change(super::EVENT, json!({"action": "low", "room": room}));
         match wanted.on_low {
             OnLow::Warn => Ok(()),
-            OnLow::Refuse => Err(Failure::conflict(complaint).hint("--need SIZE, --to DIR, or --on-low warn")),
+            OnLow::Refuse => Err(Refused::conflict(complaint).hint("--need SIZE, --to DIR, or --on-low warn")),
         }
     }
 
@@ -312,7 +312,7 @@ impl<'a> Leases<'a> {
         Some(format!("{closed} is closed to others: processes that are not root's leave no cores in {fallback}"))
     }
 
-    fn ask_to_redirect(&self, name: &str, wanted: &Wanted) -> Result<Taken, Failure> {
+    fn ask_to_redirect(&self, name: &str, wanted: &Wanted) -> Result<Taken, Refused> {
         let life = match wanted.life {
             Some(life) => life,
             None => self.former_life(name),
@@ -341,7 +341,7 @@ impl<'a> Leases<'a> {
         book.lease(name).map_or(LIFE, |lease| Duration::from_millis(lease.life_ms))
     }
 
-    pub fn release(&self, name: Option<&str>, timeout: Duration) -> Result<Released, Failure> {
+    pub fn release(&self, name: Option<&str>, timeout: Duration) -> Result<Released, Refused> {
         let alone = home::alone(self.machine);
         let part = book::lock(self.machine)?;
         let mut book = Book::read(&part)?;
@@ -375,7 +375,7 @@ impl<'a> Leases<'a> {
 
     /// Has leases given back by their agent. One that it has not given back stays in the book until it ends by itself, as
     /// it does on the node; the others go.
-    fn ask_to_restore(&self, leases: &[Lease], timeout: Duration) -> Result<Vec<String>, Failure> {
+    fn ask_to_restore(&self, leases: &[Lease], timeout: Duration) -> Result<Vec<String>, Refused> {
         let (mut commands, mut failures) = (Vec::new(), Vec::new());
         for lease in leases {
             match steps::ask(self.machine, What::Restore, &lease.name, Duration::ZERO, timeout) {
@@ -386,11 +386,11 @@ impl<'a> Leases<'a> {
                 Err(failure) => failures.push(failure),
             }
         }
-        if failures.is_empty() { Ok(commands) } else { Err(Failure::all(failures)) }
+        if failures.is_empty() { Ok(commands) } else { Err(Refused::all(failures)) }
     }
 
     /// Not if somebody has taken it again meanwhile.
-    fn strike_out(&self, gone: &Lease) -> Result<(), Failure> {
+    fn strike_out(&self, gone: &Lease) -> Result<(), Refused> {
         let part = book::lock(self.machine)?;
         let mut book = Book::read(&part)?;
         book.leases.retain(|lease| lease.name != gone.name || lease.until != gone.until);
@@ -400,7 +400,7 @@ impl<'a> Leases<'a> {
     }
 
     /// Restores, if anything was switched. What is in the way is written down, told, and tried again later. Gives warnings.
-    fn undo(&self, book: &mut Book, steps: &mut Steps, part: &Part) -> Result<Vec<String>, Failure> {
+    fn undo(&self, book: &mut Book, steps: &mut Steps, part: &Part) -> Result<Vec<String>, Refused> {
         let Some(switch) = &mut book.switch else { return Ok(Vec::new()) };
         switch.stage = Stage::GivingBack;
         let switch = switch.clone();
@@ -464,7 +464,7 @@ impl<'a> Leases<'a> {
         due_on(&self.ground, &book::peek(&self.machine.state))
     }
 
-    fn heal(&self) -> Result<Option<Duration>, Failure> {
+    fn heal(&self) -> Result<Option<Duration>, Refused> {
         let cannot = |error: std::io::Error| about(self.machine.state.path(), &error);
         let Some(part) = self.machine.state.try_part(book::PART).map_err(cannot)? else { return Ok(Some(SOON)) };
         let mut book = Book::read(&part)?;
@@ -489,7 +489,7 @@ impl<'a> Leases<'a> {
     }
 
     /// What is wanted and was taken has been undone by others, or stands again.
-    fn keep_in_force(&self, book: &mut Book, mut switch: Switch, part: &Part) -> Result<(), Failure> {
+    fn keep_in_force(&self, book: &mut Book, mut switch: Switch, part: &Part) -> Result<(), Refused> {
         let known = switch.trouble.take();
         let (trouble, again) = match Standing::of(&self.ground, &switch).now {
             Now::InForce => (None, AGAIN),
@@ -533,7 +533,7 @@ impl<'a> Leases<'a> {
         Some(room)
     }
 
-    fn status(&self) -> Result<Value, Failure> {
+    fn status(&self) -> Result<Value, Refused> {
         let book = book::look(&self.machine.state)?;
         let found = self.look()?;
         let fallback = book.switch.as_ref().map(|switch| switch.fallback.clone());
@@ -605,7 +605,7 @@ fn due_on(ground: &Ground, book: &Book) -> Option<Duration> {
 }
 
 /// Once for each failure in a row: it comes again as long as nothing changes.
-fn complain(failure: &Failure) {
+fn complain(failure: &Refused) {
     static LAST: Mutex<String> = Mutex::new(String::new());
     let (text, mut last) = (failure.to_string(), LAST.lock());
     if *last != text {
@@ -614,33 +614,33 @@ fn complain(failure: &Failure) {
     }
 }
 
-fn table() -> Result<Vec<mounts::Mount>, Failure> {
+fn table() -> Result<Vec<mounts::Mount>, Refused> {
     mounts::all().map_err(|error| about(Path::new("/proc/self/mountinfo"), &error))
 }
 
-fn check(name: &str, wanted: &Wanted) -> Result<(), Failure> {
+fn check(name: &str, wanted: &Wanted) -> Result<(), Refused> {
     if !is_name(name) {
-        let failure = Failure::invalid(format!("{name:?} is no name for a lease"));
+        let failure = Refused::invalid(format!("{name:?} is no name for a lease"));
         return Err(failure.hint("letters, digits, '.', '-' and '_', at most 64"));
     }
     if wanted.life.is_some_and(|life| life.is_zero()) {
-        return Err(Failure::invalid("for: a lease that ends at once is none"));
+        return Err(Refused::invalid("for: a lease that ends at once is none"));
     }
     let paths = wanted.to.iter().map(|to| ("to", to)).chain(wanted.fills.iter().map(|path| ("fills", path)));
     for (what, path) in paths {
         if !path.is_absolute() {
-            return Err(Failure::invalid(format!("{what}: {} is not an absolute path", path.display())));
+            return Err(Refused::invalid(format!("{what}: {} is not an absolute path", path.display())));
         }
         if path.exists() && what == "to" && !path.is_dir() {
-            return Err(Failure::invalid(format!("to: {} is no directory", path.display())));
+            return Err(Refused::invalid(format!("to: {} is no directory", path.display())));
         }
     }
     Ok(())
 }
 
-fn no_privilege(why: &str) -> Failure {
+fn no_privilege(why: &str) -> Refused {
     let detail = format!("this daemon runs {why}, and cannot change where cores go");
-    Failure::unsupported(detail)
+    Refused::not_supported(detail)
         .hint("run it as root, or with --by agent and `nemesisfs coredump agent` as root on the node")
 }
 
@@ -670,11 +670,11 @@ fn write_lease(book: &mut Book, name: &str, wanted: &Wanted, by_agent: bool) -> 
 }
 
 /// What a choice comes to, as it is written down.
-fn planned(lease: &str, found: &Found, choice: &Choice, fallback: PathBuf) -> Result<Switch, Failure> {
+fn planned(lease: &str, found: &Found, choice: &Choice, fallback: PathBuf) -> Result<Switch, Refused> {
     let means = match choice {
         Choice::Bind { over, .. } => {
             let table = table()?;
-            let none = || Failure::failed(format!("{} is on no mount", fallback.display()));
+            let none = || Refused::failed(format!("{} is on no mount", fallback.display()));
             let mount = mounts::holding(&table, &fallback).ok_or_else(none)?;
             let below = fallback.strip_prefix(&mount.mountpoint).unwrap_or(Path::new(""));
             Means::Bind {
@@ -687,7 +687,7 @@ fn planned(lease: &str, found: &Found, choice: &Choice, fallback: PathBuf) -> Re
             }
         }
         Choice::Pattern { new, .. } => Means::Pattern { old: found.pattern.clone(), new: new.clone() },
-        Choice::Nothing { why } => return Err(Failure::failed(why.clone())),
+        Choice::Nothing { why } => return Err(Refused::failed(why.clone())),
     };
     Ok(Switch {
         boot: boot(),
@@ -706,7 +706,7 @@ fn planned(lease: &str, found: &Found, choice: &Choice, fallback: PathBuf) -> Re
 
 /// Makes the fallback directory, for those for whom the core directory is: with its owner and mode. Cores of a working
 /// directory are written by everybody. Tells whether it was not there.
-fn make(fallback: &Path, found: &Found) -> Result<bool, Failure> {
+fn make(fallback: &Path, found: &Found) -> Result<bool, Refused> {
     let is_new = !fallback.exists();
     fs::DirBuilder::new().recursive(true).mode(0o755).create(fallback).map_err(|error| about(fallback, &error))?;
     if !is_new {

@@ -12,7 +12,6 @@
 mod book;
 mod choice;
 mod cores;
-mod failure;
 mod flight;
 mod found;
 mod home;
@@ -23,19 +22,20 @@ mod switch;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
 
 pub use cores::list;
-pub use failure::{Failure, Kind};
 pub use leases::{
     carry, carry_due, check_root, due, expire, is_pending, lease, leases, may_act, redirect, release, release_all,
     renew, status,
 };
 pub use room::Room;
+
+use super::Refused;
 
 /// The event that tells of all this.
 const EVENT: &str = "coredump";
@@ -144,4 +144,9 @@ impl Released {
     pub fn is_nothing(&self) -> bool {
         !self.released && self.commands.is_empty() && self.brought_home.is_empty() && self.warnings.is_empty()
     }
+}
+
+/// An error of the system about a path.
+fn about(path: &Path, error: &std::io::Error) -> Refused {
+    Refused::failed(format!("{}: {error}", path.display()))
 }

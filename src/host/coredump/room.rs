@@ -8,8 +8,8 @@ use bytesize::ByteSize;
 use nix::sys::statvfs::statvfs;
 use serde::Serialize;
 
-use super::failure::{Failure, about};
-use crate::host::shown;
+use super::about;
+use crate::host::{Refused, shown};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Room {
@@ -21,7 +21,7 @@ pub struct Room {
 
 impl Room {
     /// Looks, at the directory or at the nearest one above it that exists.
-    pub fn look(dir: &Path, need: u64) -> Result<Room, Failure> {
+    pub fn look(dir: &Path, need: u64) -> Result<Room, Refused> {
         let path = nearest(dir);
         let available = available(&path).map_err(|error| about(&path, &error))?;
         Ok(Room { path: shown(dir), available, need, enough: available >= need })

@@ -11,10 +11,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::book::milliseconds;
-use super::failure::{Failure, Kind};
 use super::{EVENT, leases};
-use crate::host::Machine;
 use crate::host::state::Deadline;
+use crate::host::{Kind, Machine, Refused};
 
 const PART: &str = "coredump-steps";
 const LOOK: Duration = Duration::from_millis(50);
@@ -62,7 +61,7 @@ pub(super) fn ask(
     lease: &str,
     life: Duration,
     timeout: Duration,
-) -> Result<Answer, Failure> {
+) -> Result<Answer, Refused> {
     let step = Step {
         id: new_id(),
         step: what,
@@ -77,12 +76,12 @@ pub(super) fn ask(
     wait(machine, &step.id, timeout);
     match take(machine, &step.id)? {
         Some(answer) if answer.ok => Ok(answer),
-        Some(answer) => Err(Failure::failed(format!("the agent on the node has failed: {}", answer.said))),
+        Some(answer) => Err(Refused::failed(format!("the agent on the node has failed: {}", answer.said))),
         None => {
             machine.tell(EVENT, told("unanswered", &step));
             let waited = humantime::format_duration(timeout);
             let detail = format!("no agent has acknowledged within {waited}; wanted on the node: {}", step.command);
-            Err(Failure::conflict(detail).hint("run `nemesisfs coredump agent -H …` as root on the node"))
+            Err(Refused::conflict(detail).hint("run `nemesisfs coredump agent -H …` as root on the node"))
         }
     }
 }
@@ -99,9 +98,9 @@ pub fn waiting(machine: &Machine) -> Vec<Value> {
 ///
 /// # Errors
 /// When nobody waits for it any more: then what was done is to be undone.
-pub fn acknowledge(machine: &Machine, id: &str, answer: Answer) -> Result<(), Failure> {
+pub fn acknowledge(machine: &Machine, id: &str, answer: Answer) -> Result<(), Refused> {
     let too_late =
-        || Failure::new(Kind::NotFound, format!("nobody waits for the step {id:?}")).hint("undo what was done");
+        || Refused::new(Kind::NotFound, format!("nobody waits for the step {id:?}")).hint("undo what was done");
     if !crate::host::state::is_name(id) {
         return Err(too_late());
     }
@@ -159,20 +158,20 @@ fn wait(machine: &Machine, id: &str, timeout: Duration) {
     }
 }
 
-fn write(machine: &Machine, step: &Step) -> Result<(), Failure> {
+fn write(machine: &Machine, step: &Step) -> Result<(), Refused> {
     machine.state.part(PART).and_then(|part| part.put(&step.id, step)).map_err(cannot)
 }
 
 /// The answer, and an end to the step, at once: an agent that was told that it was in time is heard.
-fn take(machine: &Machine, id: &str) -> Result<Option<Answer>, Failure> {
+fn take(machine: &Machine, id: &str) -> Result<Option<Answer>, Refused> {
     let part = machine.state.part(PART).map_err(cannot)?;
     let step: Option<Step> = part.get(id).map_err(cannot)?;
     part.remove(id).map_err(cannot)?;
     Ok(step.and_then(|step| step.answer))
 }
 
-fn cannot(error: std::io::Error) -> Failure {
-    Failure::failed(format!("the state of coredumps: {error}"))
+fn cannot(error: std::io::Error) -> Refused {
+    Refused::failed(format!("the state of coredumps: {error}"))
 }
 
 fn told(action: &str, step: &Step) -> Value {

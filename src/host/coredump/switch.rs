@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::about;
 use super::book::{Means, Switch};
-use super::failure::{Failure, about};
 use super::found::Ground;
 use super::{EVENT, flight};
 use crate::fs::mount::holders;
 use crate::host::tool::{ToolError, Tools};
-use crate::host::{Machine, shown};
+use crate::host::{Machine, Refused, shown};
 use crate::sys::mounts::{self, Mount};
 
 /// How often a step is tried, and how long after the last time.
@@ -45,7 +45,7 @@ pub enum Place {
 ///
 /// # Errors
 /// When the mount table cannot be read.
-pub fn place(means: &Means) -> Result<Place, Failure> {
+pub fn place(means: &Means) -> Result<Place, Refused> {
     let Means::Bind { over, .. } = means else { return Ok(Place::Absent) };
     let table = mounts::all().map_err(|error| about(Path::new("/proc/self/mountinfo"), &error))?;
     let there: Vec<Mount> = table.into_iter().filter(|mount| mount.mountpoint == *over).collect();
@@ -71,7 +71,7 @@ pub fn is_done(ground: &Ground, means: &Means) -> bool {
     }
 }
 
-pub fn pattern(ground: &Ground) -> Result<String, Failure> {
+pub fn pattern(ground: &Ground) -> Result<String, Refused> {
     let text = fs::read_to_string(&ground.pattern).map_err(|error| about(&ground.pattern, &error))?;
     Ok(text.trim_end_matches('\n').to_string())
 }
@@ -92,17 +92,17 @@ impl Steps<'_> {
     }
 
     /// Redirects.
-    pub fn take(&mut self, switch: &Switch) -> Result<(), Failure> {
+    pub fn take(&mut self, switch: &Switch) -> Result<(), Refused> {
         match &switch.means {
             Means::Bind { over, .. } => {
                 let retry = "what writes it may be stuck; --patience waits longer";
-                self.wait().map_err(|reason| Failure::conflict(reason).hint(retry))?;
+                self.wait().map_err(|reason| Refused::conflict(reason).hint(retry))?;
                 let (from, over) = (switch.fallback.as_os_str(), over.as_os_str());
                 self.run(&["mount".as_ref(), "--bind".as_ref(), from, over])?;
                 match place(&switch.means)? {
                     Place::Uppermost => Ok(()),
                     _ => {
-                        Err(Failure::failed(format!("{} is not covered after mount --bind", Path::new(over).display())))
+                        Err(Refused::failed(format!("{} is not covered after mount --bind", Path::new(over).display())))
                     }
                 }
             }
@@ -162,7 +162,7 @@ impl Steps<'_> {
         self.set_pattern(old).map(|()| Vec::new()).map_err(|failure| failure.to_string())
     }
 
-    fn set_pattern(&mut self, value: &str) -> Result<(), Failure> {
+    fn set_pattern(&mut self, value: &str) -> Result<(), Refused> {
         let file = self.ground.pattern.clone();
         let setting = format!("kernel.core_pattern={value}");
         let line = crate::host::tool::line(&["sysctl", "-w", setting.as_str()]);
@@ -173,11 +173,15 @@ impl Steps<'_> {
         })
     }
 
-    fn run(&mut self, words: &[&std::ffi::OsStr]) -> Result<(), Failure> {
+    fn run(&mut self, words: &[&std::ffi::OsStr]) -> Result<(), Refused> {
         let mut tools = std::mem::take(&mut self.tools);
         let line = crate::host::tool::line(words);
         let mut run = || tools.run(words);
-        let result = self.again(&line, || run().map(drop).map_err(|error: ToolError| error.into()));
+        let failed = |error: ToolError| match error {
+            ToolError::Missing(_) => Refused::from(error),
+            error => Refused::failed(error.to_string()),
+        };
+        let result = self.again(&line, || run().map(drop).map_err(failed));
         // A line that was tried again is one line.
         tools.lines.dedup();
         self.tools = tools;
@@ -185,7 +189,7 @@ impl Steps<'_> {
     }
 
     /// Tries a step until it is done, so many times.
-    fn again(&self, line: &str, mut step: impl FnMut() -> Result<(), Failure>) -> Result<(), Failure> {
+    fn again(&self, line: &str, mut step: impl FnMut() -> Result<(), Refused>) -> Result<(), Refused> {
         let mut attempt = 1;
         loop {
             let began = Instant::now();

@@ -15,7 +15,7 @@ use super::*;
 use crate::event::{Cursor, Read};
 use crate::host::state::StateDir;
 use crate::host::tool::Tools;
-use crate::host::{Machine, shown};
+use crate::host::{Kind, Machine, shown};
 use crate::sys::mounts;
 
 const SYSTEMD: &str = "|/usr/lib/systemd/systemd-coredump %P %u %g %s %t 9223372036854775808 %h";

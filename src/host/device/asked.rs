@@ -267,7 +267,7 @@ mod tests {
             (r#"{"image":"/i","size":"1GiB","log":{}}"#, "#/log/image"),
         ] {
             let error = definition(text).unwrap_err();
-            assert_eq!(error.kind, super::super::Kind::Invalid(place.into()), "{text}: {error}");
+            assert_eq!(error.pointer.as_deref(), Some(place), "{text}: {error}");
         }
         let asked: Asked = serde_json::from_str(r#"{"image":"/i","size":"1GiB"}"#).unwrap();
         assert!(Definition::of("a/b", &asked).is_err());

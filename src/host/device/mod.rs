@@ -32,9 +32,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::state::{Part, is_name};
-use super::tool::{ToolError, Tools};
-use super::{AtWork, Machine};
-use crate::fault::compile::Problem;
+use super::tool::Tools;
+use super::{AtWork, Kind, Machine, Refused};
 
 pub use asked::Asked;
 pub use change::{AskedStall, due, expire, resume, set_mode, suspend};
@@ -49,93 +48,13 @@ use record::Record;
 /// The part of the state that holds the records.
 pub(super) const PART: &str = "devices";
 
-/// What kind of no it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// The request makes no sense, here.
-    Invalid(String),
-    NotFound,
-    /// Somebody uses it.
-    Busy,
-    /// It does not go with how things are, or a tool said no.
-    Conflict,
-    /// This host cannot.
-    NotSupported,
-}
-
-/// Why something was not done.
-#[derive(Clone, Debug)]
-pub struct Refused {
-    pub kind: Kind,
-    pub detail: String,
-    pub hint: Option<String>,
-    /// What else belongs to it, by name.
-    pub more: Vec<(&'static str, Value)>,
-}
-
-impl Refused {
-    fn new(kind: Kind, detail: impl Into<String>) -> Refused {
-        Refused { kind, detail: detail.into(), hint: None, more: Vec::new() }
-    }
-
-    fn conflict(detail: impl Into<String>) -> Refused {
-        Refused::new(Kind::Conflict, detail)
-    }
-
-    fn not_supported(detail: impl Into<String>) -> Refused {
-        Refused::new(Kind::NotSupported, detail)
-    }
-
-    fn not_found(name: &str) -> Refused {
-        Refused::new(Kind::NotFound, format!("there is no device {name:?}")).hint("nemesisfs device status")
-    }
-
-    fn hint(self, hint: impl Into<String>) -> Refused {
-        Refused { hint: Some(hint.into()), ..self }
-    }
-
-    fn with(mut self, name: &'static str, value: Value) -> Refused {
-        self.more.push((name, value));
-        self
-    }
-
-    /// Its word in the API.
-    pub fn code(&self) -> &'static str {
-        match self.kind {
-            Kind::Invalid(_) => "bad_request",
-            Kind::NotFound => "not_found",
-            Kind::Busy => "busy",
-            Kind::Conflict => "conflict",
-            Kind::NotSupported => "not_supported",
-        }
-    }
-}
-
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.detail)
-    }
-}
-
-impl From<Problem> for Refused {
-    fn from(problem: Problem) -> Refused {
-        let refused = Refused::new(Kind::Invalid(problem.pointer), problem.detail);
-        Refused { hint: problem.hint, ..refused }
-    }
-}
-
-impl From<ToolError> for Refused {
-    fn from(error: ToolError) -> Refused {
-        match error {
-            ToolError::Missing(_) => Refused::not_supported(error.to_string()),
-            error => Refused::conflict(error.to_string()),
-        }
-    }
+fn not_found(name: &str) -> Refused {
+    Refused::new(Kind::NotFound, format!("there is no device {name:?}")).hint("nemesisfs device status")
 }
 
 /// A field of the request that makes no sense.
 fn invalid(field: &str, detail: impl Into<String>) -> Refused {
-    Refused::new(Kind::Invalid(format!("#/{field}")), detail)
+    Refused { pointer: Some(format!("#/{field}")), ..Refused::invalid(detail) }
 }
 
 /// An error of a file or the state directory, with its place.
@@ -156,7 +75,7 @@ impl<'a> Job<'a> {
     /// Waits for other operations on the device to end.
     fn begin(machine: &'a Machine, name: &str) -> Result<Job<'a>, Refused> {
         if !is_name(name) {
-            return Err(Refused::not_found(name));
+            return Err(not_found(name));
         }
         Ok(Job::on(machine, held(machine, machine.state.document(PART, name), &format!("device {name}"))?))
     }
@@ -176,7 +95,7 @@ impl<'a> Job<'a> {
 
     /// A device that is whole and has its mapping.
     fn ready(&self, name: &str) -> Result<Record, Refused> {
-        let record = self.find(name)?.ok_or_else(|| Refused::not_found(name))?;
+        let record = self.find(name)?.ok_or_else(|| not_found(name))?;
         match record.state() {
             // What could not be ended is told anew after a change.
             "ready" | "cutting" => Ok(Record { trouble: None, ..record }),

@@ -32,7 +32,7 @@ pub fn all(machine: &Machine) -> Value {
 /// When there is none.
 pub fn one(machine: &Machine, name: &str) -> Result<Value, Refused> {
     let records: Vec<Record> = machine.state.peek(PART);
-    let record = records.iter().find(|record| record.name == name).ok_or_else(|| Refused::not_found(name))?;
+    let record = records.iter().find(|record| record.name == name).ok_or_else(|| super::not_found(name))?;
     let mut document = describe(record);
     if let Some(mapping) = record.mapping() {
         let users = Users::of(record, &mapping, &filesystem::mounts_of(record, &mapping));
