@@ -23,10 +23,9 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use serde_json::{Value, json};
 
-use crate::client::exit;
-use crate::client::instances::{self, State};
 use crate::control::Identity;
 use crate::event::Ring;
+use crate::exit;
 use crate::fault::compile::path_glob;
 use crate::fault::document;
 use crate::fs::Core;
@@ -34,6 +33,7 @@ pub use crate::fs::mount::{How, holders_of, unmount};
 use crate::fs::mount::{Living, Places, lives_on, prepare};
 use crate::host::state::StateDir;
 use crate::host::{Guard, Machine};
+use crate::instances::{self, State};
 use crate::sys::memory;
 
 use mounted::Mounted;

@@ -14,6 +14,7 @@
 //! - [`fs`] — the filesystem, the hot path.
 //! - [`host`] — what is done to the machine: devices that fail, where coredumps go.
 //! - [`control`] — the socket.
+//! - [`instances`], [`exit`] — the run directory, by which commands and daemons find each other, and the exit codes of both.
 //! - [`daemon`] — from options to a mount that serves, and to its end.
 //! - [`client`], [`cli`] — the command line, which talks to the socket and to nothing else.
 //!
@@ -56,9 +57,11 @@ pub mod control;
 pub mod daemon;
 pub mod durability;
 pub mod event;
+pub mod exit;
 pub mod fault;
 pub mod fs;
 pub mod host;
+pub mod instances;
 pub mod ranges;
 pub mod space;
 pub mod sys;

@@ -13,7 +13,8 @@ use bytesize::ByteSize;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
-use crate::client::{ClientError, Reply, exit, segment, with_query};
+use crate::client::{ClientError, Reply, segment, with_query};
+use crate::exit;
 
 use super::args::Span;
 use super::children::Children;

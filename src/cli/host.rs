@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use crate::client::ClientError;
 use crate::client::host::{self, Target};
-use crate::client::instances::{self, lexical};
-use crate::client::{ClientError, exit};
 use crate::daemon::machine::{self, NAME, Options};
+use crate::exit;
 use crate::host::Machine;
 use crate::host::state::StateDir;
+use crate::instances::{self, lexical};
 
 use super::launch::{self, Launch, Report};
 use super::session::World;

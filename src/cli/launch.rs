@@ -22,8 +22,9 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde_json::Value;
 
-use crate::client::{ClientError, exit};
+use crate::client::ClientError;
 use crate::daemon::Failure;
+use crate::exit;
 use crate::host::state::StateDir;
 
 use super::session::World;

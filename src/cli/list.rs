@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::client::instances::{self, Instance};
-use crate::client::{Client, ClientError, Host, exit, host};
+use crate::client::{Client, ClientError, Host, host};
+use crate::exit;
+use crate::instances::{self, Instance};
 use crate::sys::mounts::{self, Mount};
 
 use super::session::World;

@@ -40,7 +40,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::client::{exit, instances};
+use crate::{exit, instances};
 
 use args::Globals;
 use console::Console;

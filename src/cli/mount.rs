@@ -10,9 +10,9 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::client::ClientError;
-use crate::client::instances::{self, lexical, without_touching};
 use crate::daemon::{self, Options, machine};
 use crate::host::state::StateDir;
+use crate::instances::{self, lexical, without_touching};
 
 use super::launch::{self, Launch, Report};
 use super::rule;
@@ -215,8 +215,8 @@ fn launch_of(prepared: &Options) -> Launch<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::exit;
-    use crate::client::instances::State;
+    use crate::exit;
+    use crate::instances::State;
     use nix::fcntl::{Flock, FlockArg};
     use std::fs::{self, File};
 

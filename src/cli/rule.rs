@@ -9,7 +9,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
-use crate::client::{ClientError, Reply, exit, rule_file, segment, with_query};
+use crate::client::{ClientError, Reply, rule_file, segment, with_query};
+use crate::exit;
 use crate::fault::document::definition;
 
 use super::args::{Span, pair, quoted};

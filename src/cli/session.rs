@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::client::{ANSWER_TIMEOUT, Client, ClientError, Reply, Target, exit, host};
+use crate::client::{ANSWER_TIMEOUT, Client, ClientError, Reply, Target, host};
+use crate::exit;
 
 use super::args::Globals;
 use super::console::{Console, Outcome};

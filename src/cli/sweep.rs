@@ -14,7 +14,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::client::{ClientError, exit, with_query};
+use crate::client::{ClientError, with_query};
+use crate::exit;
 
 use super::args::Span;
 use super::children::{Broken, Children, Done};

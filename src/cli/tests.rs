@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 
 use super::console::Console;
 use super::{Cli, run};
-use crate::client::exit;
 use crate::client::fake::Fake;
-use crate::client::instances::State;
+use crate::exit;
+use crate::instances::State;
 
 #[derive(Clone, Default)]
 struct Paper(Arc<Mutex<Vec<u8>>>);

@@ -10,9 +10,10 @@ use clap::Args;
 use nix::errno::Errno;
 use serde_json::json;
 
-use crate::client::instances::{self, Instance, State, without_touching};
-use crate::client::{Client, ClientError, Host, Reply, exit};
+use crate::client::{Client, ClientError, Host, Reply};
 use crate::daemon::{self, How};
+use crate::exit;
+use crate::instances::{self, Instance, State, without_touching};
 use crate::sys::mounts::{self, FILESYSTEM_TYPE, Mount};
 
 use super::console::Outcome;

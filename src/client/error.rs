@@ -7,16 +7,7 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-/// The exit codes of the contract. `DONE` is also the code of removing what is not there.
-pub mod exit {
-    pub const DONE: u8 = 0;
-    pub const FAILED: u8 = 1;
-    pub const USAGE: u8 = 2;
-    pub const NO_INSTANCE: u8 = 3;
-    pub const NO_SUCH_THING: u8 = 4;
-    pub const NOT_SUPPORTED: u8 = 5;
-    pub const TIMED_OUT: u8 = 124;
-}
+use crate::exit;
 
 /// A failure, with everything that a user or a program is told about it.
 #[derive(Debug, Clone, PartialEq)]

@@ -6,8 +6,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::error::{ClientError, exit};
-use super::instances::{self, Instance};
+use super::error::ClientError;
+use crate::exit;
+use crate::instances::{self, Instance};
 
 /// Where a daemon listens.
 #[derive(Debug, Clone, PartialEq, Eq)]

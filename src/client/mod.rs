@@ -6,7 +6,6 @@
 
 pub mod error;
 pub mod host;
-pub mod instances;
 pub mod rule_file;
 mod stream;
 
@@ -26,7 +25,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Runtime;
 
-pub use error::{ClientError, exit};
+pub use error::ClientError;
 pub use host::{Host, Target};
 
 /// How long a daemon may take for an answer that it should have at once: twice what it may spend on invalidation, and
@@ -244,6 +243,7 @@ pub mod fake;
 mod tests {
     use super::fake::Fake;
     use super::*;
+    use crate::exit;
     use serde_json::json;
 
     const LIMIT: Duration = Duration::from_millis(300);

@@ -12,11 +12,11 @@ use crossbeam_channel::{select, tick, unbounded};
 use serde_json::json;
 
 use super::{Claim, Failure, block_signals, boot_id, failure, listen, start_log, wait_for_signals};
-use crate::client::instances;
 use crate::control::{self, Identity};
 use crate::event::Ring;
 use crate::host::state::StateDir;
 use crate::host::{Guard, Machine, tool};
+use crate::instances;
 
 /// The name of the instance that is started when one is needed.
 pub const NAME: &str = "host";

@@ -13,8 +13,8 @@ use nix::mount::MsFlags;
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use super::{Failure, Options, WITHOUT_PASSTHROUGH, boot_id, failure, with_hint};
-use crate::client::exit;
 use crate::control::{self, Identity};
+use crate::exit;
 use crate::fs::Core;
 use crate::fs::adapter::Adapter;
 use crate::fs::mount::Places;
