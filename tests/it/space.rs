@@ -665,7 +665,7 @@ fn ballast_that_is_cleared_or_whose_client_is_gone_in_the_middle_is_removed() {
     mounted.kill();
     client.wait().unwrap();
     assert_eq!(ballast_files(&mounted).len(), 1);
-    trace.end();
+    drop(trace);
     let mut mounted = mounted;
     mounted.mount_again();
     assert!(ballast_files(&mounted).is_empty());

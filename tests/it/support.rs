@@ -395,25 +395,28 @@ impl Trace {
 
     /// All its lines.
     pub fn end(mut self) -> Vec<String> {
-        self.stop();
+        assert!(self.stop(), "strace ends, and has written all that it saw");
         self.lines()
     }
 
-    fn stop(&mut self) {
-        if !std::mem::replace(&mut self.ended, true) {
-            // It lets go of the daemon first. Of one that has died it takes leave by itself, and asked meanwhile it may wait for ever
-            // for the first thread, which the kernel gives away after all others.
-            if self.traced.iter().any(|tid| is_alive(*tid)) {
-                let _ = kill(Pid::from_raw(self.strace.id() as i32), Signal::SIGINT);
-            }
-            let ended = (0..1000).any(|_| {
-                std::thread::sleep(Duration::from_millis(10));
-                !matches!(self.strace.try_wait(), Ok(None))
-            });
-            if !ended {
-                let _ = (self.strace.kill(), self.strace.wait());
-            }
+    /// False when it had to be killed: it may not have written all.
+    fn stop(&mut self) -> bool {
+        if std::mem::replace(&mut self.ended, true) {
+            return true;
         }
+        // It lets go of the daemon first. Of one that has died it takes leave by itself, and asked meanwhile it may wait for ever
+        // for the first thread, which the kernel gives away after all others.
+        if self.traced.iter().any(|tid| is_alive(*tid)) {
+            let _ = kill(Pid::from_raw(self.strace.id() as i32), Signal::SIGINT);
+        }
+        let ended = (0..1000).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            !matches!(self.strace.try_wait(), Ok(None))
+        });
+        if !ended {
+            let _ = (self.strace.kill(), self.strace.wait());
+        }
+        ended
     }
 }
 
