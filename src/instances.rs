@@ -138,10 +138,16 @@ impl Instance {
     }
 }
 
-/// Whether there is such a process. One that nobody has waited for yet is not running.
+/// Whether there is such a process. One that nobody has waited for yet is not running, unless only its first thread has
+/// ended: the others still hold what it had open.
 fn is_running(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    // What comes after the name, which may have blanks in it: the state first, the number of threads as the 18th.
+    let Some((_, rest)) = stat.rsplit_once(')') else { return false };
+    let mut fields = rest.split_whitespace();
+    let has_ended = fields.next().is_some_and(|state| matches!(state, "Z" | "X"));
+    let threads = fields.nth(16).and_then(|threads| threads.parse::<u32>().ok()).unwrap_or(0);
+    !has_ended || threads > 1
 }
 
 /// The absolute form of a path, found without looking at what is mounted there: it may be dead, and every look would fail

@@ -36,7 +36,7 @@
 //!
 //! # Locks
 //!
-//! All are held for a few instructions, alone, and never across a system call. One exception: a file's undo log stays
+//! All are held for a few instructions, nearly always alone, and never across a system call. One exception: a file's undo log stays
 //! locked while old bytes are saved and overwritten, because nobody may write them in between. The control thread takes
 //! no lock that is ever held across a system call, but for one of its own, which only its tasks wait for: the one under
 //! which coredumps are moved. What is done to the machine is serialised across processes by

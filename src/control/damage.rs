@@ -1,6 +1,6 @@
 //! `/v1/evict` and `/v1/repair`: what readers see against what the disk has, and what it should have.
 //!
-//! On the control thread; the work is done by a because the kernel may write back mapped pages first.
+//! On the control thread; the work is done by a helper, because the kernel may write back mapped pages first.
 
 use std::time::Duration;
 

@@ -157,8 +157,8 @@ impl Look {
 }
 
 fn hangs() -> Problem {
-    Problem::new(409, "busy", "the backing filesystem hangs: too much waits for it already")
-        .hint("again when it goes on")
+    Problem::new(409, "busy", "too much waits already, for the backing filesystem or for requests that are held")
+        .hint("again when they go on")
 }
 
 impl Deref for Control {
@@ -390,7 +390,9 @@ fn outside(rule: &Rule, mountpoint: &std::path::Path) -> Option<String> {
     let path = rule.spec.r#match.path.as_ref()?;
     let below = std::path::Path::new(path).strip_prefix(mountpoint).ok()?.display();
     let name = &rule.name;
-    Some(format!("rule {name:?}: paths begin below the mountpoint, and {path:?} at that of the host: \"/{below}\"?"))
+    Some(format!(
+        "rule {name:?}: paths begin below the mountpoint: if {path:?} is meant as the host has it, write \"/{below}\""
+    ))
 }
 
 /// On a helper thread, with one limit for all of it: waits for what began before the change, looks what new rules
@@ -432,6 +434,9 @@ impl InForce {
     }
 }
 
+/// So many paths are told of what is left, and of the others how many.
+const MOST_PENDING: usize = 100;
+
 /// Makes the kernel forget, and gives what it could not be made to in time: of that an event tells when it is done.
 fn forget(core: &Arc<Core>, rules: &[Arc<Rule>], until: Instant) -> Vec<String> {
     let (ring, names) = (core.ring.clone(), rules.iter().map(|rule| rule.name.to_string()).collect::<Vec<_>>());
@@ -447,15 +452,21 @@ fn forget(core: &Arc<Core>, rules: &[Arc<Rule>], until: Instant) -> Vec<String> 
     });
     match cleaning.done().recv_deadline(until) {
         Err(RecvTimeoutError::Timeout) if !over.swap(true, AcqRel) => {
-            let mut held = kernel_cache::held(core, rules);
-            let more = cleaning.left().saturating_sub(held.len());
-            if more > 0 {
-                held.push(format!("{more} files of {} that something else holds", names.join(", ")));
+            let left = cleaning.left();
+            let mut paths: Vec<String> = left.iter().filter_map(|ino| path_of(core, *ino)).take(MOST_PENDING).collect();
+            paths.sort();
+            if left.len() > paths.len() {
+                paths.push(format!("{} more", left.len() - paths.len()));
             }
-            held
+            paths
         }
         _ => Vec::new(),
     }
+}
+
+fn path_of(core: &Core, ino: u64) -> Option<String> {
+    let inode = core.tree.get(ino).ok()?;
+    Some(String::from_utf8_lossy(&inode.path(core.tree.version())).into_owned())
 }
 
 /// Runs what could wait on a thread where that is harmless.

@@ -57,7 +57,9 @@ impl Control {
 
     /// One that is waited for: what has fired has fired, though the mode has ended since.
     fn awaited(&self, name: &str) -> Result<Arc<Rule>, Problem> {
-        self.core.arming.rule_or_ended(name).ok_or_else(|| Problem::no_rule(name))
+        let known = self.core.arming.rule_or_ended(name);
+        let has_been = |rule: &Arc<Rule>| self.core.capacity.is_set() || rule.counters.told.load(Relaxed) > 0;
+        known.filter(|rule| name != "space" || has_been(rule)).ok_or_else(|| Problem::no_rule(name))
     }
 
     async fn put_rule(self: &Arc<Self>, spec: RuleSpec) -> Answer {
@@ -236,17 +238,11 @@ impl Control {
             published.as_mut().enable();
             self.ring().listen();
             let rule = self.awaited(name)?;
-            if self.has_ended() {
-                return Err(Problem::new(
-                    404,
-                    "not_found",
-                    format!("the instance has ended, and with it the rule {name:?}"),
-                ));
-            }
             let Some(since) = wanted.since else {
                 if rule.counters.told.load(Relaxed) >= wanted.injections {
                     return Ok(self.last_firing(&rule));
                 }
+                self.goes_on(name)?;
                 published.await;
                 continue;
             };
@@ -258,6 +254,7 @@ impl Control {
             if wanted.injections == 1 && rule.counters.newest.load(Relaxed) >= since.0 {
                 return Ok(self.last_firing(&rule));
             }
+            self.goes_on(name)?;
             published.await;
         }
     }
@@ -289,10 +286,15 @@ impl Control {
         })
     }
 
-    /// Has the last event been published?
-    fn has_ended(&self) -> bool {
+    /// Unless the last event has been published: then nothing can be waited for any more.
+    fn goes_on(&self, name: &str) -> Result<(), Problem> {
         let last = Cursor(self.ring().cursor().0.saturating_sub(1));
-        matches!(self.ring().read(last), Read::Event(record) if record.event() == "bye")
+        match self.ring().read(last) {
+            Read::Event(record) if record.event() == "bye" => {
+                Err(Problem::new(404, "not_found", format!("the instance has ended, and with it the rule {name:?}")))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The place after an event's id.

@@ -327,13 +327,24 @@ impl Control {
             requested.of(part).set += 1;
         }
         self.core.capacity.clear();
+        if was {
+            self.core.arming.renew_space(self.ring().now_ns());
+        }
         was
+    }
+
+    /// Where nothing was limited, refusals are counted from 0.
+    fn begin_space(&self) {
+        if !self.core.capacity.is_set() {
+            self.core.arming.renew_space(self.ring().now_ns());
+        }
     }
 
     /// Removes the ballast, from now on: whether there was any, and that it takes its time.
     fn remove_ballast(&self) -> impl Future<Output = (bool, Vec<String>)> + use<> {
         let core = self.core.clone();
         core.ballast.cancel();
+        self.forget_life(Part::Ballast);
         // One that is refused because others hang is done by them.
         let removing = self.looks.remove.ask(move || {
             core.ballast.remove(core.tree.backing()).unwrap_or_else(|error| {
@@ -381,9 +392,7 @@ impl Control {
                 let life = duration(wanted.r#for.as_ref(), "").ok().flatten();
                 let asked = asked.clone();
                 let set = move |control: &Arc<Control>, requested: &mut Requested, limits| {
-                    if requested.r#virtual != asked {
-                        control.core.arming.renew_space(control.ring().now_ns());
-                    }
+                    control.begin_space();
                     control.core.set_capacity(limits);
                     requested.r#virtual = asked;
                     control.begin_life(requested, Part::Virtual, life);
@@ -400,9 +409,7 @@ impl Control {
         let count = move |core: &Core| usage::count(core, &quotas).map(|()| quotas);
         let shown = asked.clone();
         let set = move |control: &Arc<Control>, requested: &mut Requested, quotas| {
-            if requested.quota != shown {
-                control.core.arming.renew_space(control.ring().now_ns());
-            }
+            control.begin_space();
             control.core.set_quotas(quotas);
             requested.quota = shown;
         };
@@ -438,6 +445,7 @@ impl Control {
     async fn set_ballast(self: &Arc<Self>, wanted: &WantedBallast, filling: Filling) -> Result<(), super::Problem> {
         let asked = serde_json::to_value(wanted).unwrap_or_default();
         let ticket = self.core.ballast.ticket();
+        self.forget_life(Part::Ballast);
         if !filling.force {
             let (core, identity) = (self.core.clone(), self.identity.clone());
             let asking = self.looks.statfs.ask(move || {
@@ -498,6 +506,11 @@ impl Control {
                 control.ring().change("space", json!({"action": "expired", "what": part.word()}));
             }
         });
+    }
+
+    /// What was set before does not end this part any more.
+    fn forget_life(&self, part: Part) {
+        self.space.lock().of(part).set += 1;
     }
 
     /// The life of what was set is over, if it is still that.

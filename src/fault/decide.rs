@@ -365,9 +365,11 @@ fn ask(rule: &Arc<Rule>, facts: &impl Facts, path_known: bool) -> Option<Firing>
 pub fn stored(plan: &Plan, facts: &impl Facts, length: u64) {
     let paths = facts.path_bits(plan);
     let is_on_path = |i: usize| paths.as_ref().is_none_or(|bits| is_set(bits, i));
-    let healing = plan.rules.iter().enumerate().filter(|(_, rule)| rule.spec.enabled && rule.heals_by(facts.op()));
-    for (_, rule) in healing.filter(|(i, rule)| is_on_path(*i) && is_meant(rule, facts, paths.is_some())) {
-        rule.heal(facts, length);
+    for i in plan.healing.iter().filter(|i| is_on_path(**i)) {
+        let rule = &plan.rules[*i];
+        if is_meant(rule, facts, paths.is_some()) {
+            rule.heal(facts, length);
+        }
     }
 }
 

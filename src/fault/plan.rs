@@ -153,7 +153,12 @@ impl AfterRule {
 
     /// To be called when the rules have changed.
     pub fn link(&self, counters: Arc<Counters>) {
-        self.counters.store(Some(counters));
+        let same = self.counters.load().as_ref().is_some_and(|known| Arc::ptr_eq(known, &counters));
+        if !same {
+            self.counters.store(Some(counters));
+            // It is another rule by now, which has to fire first.
+            self.noted.store(self.has_fired(), Release);
+        }
     }
 
     pub fn has_fired(&self) -> bool {
@@ -397,8 +402,8 @@ pub struct Plan {
     pub awaited: Vec<usize>,
     /// Is some rule about bytes on their way, so that no copy may be made inside the filesystem?
     pub plain_io: bool,
-    /// Is there one whose bad sectors are good again once they are written?
-    pub heals: bool,
+    /// Those whose bad sectors are good again once they are written.
+    pub healing: Vec<usize>,
 }
 
 /// With more rules than this, their paths are matched together.
@@ -413,8 +418,9 @@ impl Plan {
         let awaits = |(i, rule): (usize, &Arc<Rule>)| (rule.spec.enabled && rule.is_awaited()).then_some(i);
         let awaited = rules.iter().enumerate().filter_map(awaits).collect();
         let plain_io = rules.iter().any(|rule| rule.spec.enabled && rule.faults().any(Fault::wants_plain_io));
-        let heals = rules.iter().any(|rule| rule.spec.enabled && rule.heals_by(Op::Write));
-        Plan { id, rules, by_op, globs: OnceLock::new(), index, awaited, plain_io, heals }
+        let heals = |(i, rule): (usize, &Arc<Rule>)| (rule.spec.enabled && rule.heals_by(Op::Write)).then_some(i);
+        let healing = rules.iter().enumerate().filter_map(heals).collect();
+        Plan { id, rules, by_op, globs: OnceLock::new(), index, awaited, plain_io, healing }
     }
 
     /// The bits of the rules that could concern an operation.

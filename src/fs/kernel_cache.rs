@@ -6,10 +6,9 @@
 //! more threads hang than files and directories are held, however often the rules change. Locks are held for a look at
 //! a table. Costs about two microseconds a file.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::*};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -90,14 +89,14 @@ impl Busy {
 /// Cleaning under way.
 #[derive(Debug)]
 pub struct Cleaning {
-    left: Arc<AtomicUsize>,
+    left: Arc<Mutex<HashSet<u64>>>,
     done: Receiver<()>,
 }
 
 impl Cleaning {
-    /// Files not yet done; 0 when finished.
-    pub fn left(&self) -> usize {
-        self.left.load(Acquire)
+    /// Files not yet done; none when finished.
+    pub fn left(&self) -> Vec<u64> {
+        self.left.lock().iter().copied().collect()
     }
 
     /// Closed when finished.
@@ -108,7 +107,7 @@ impl Cleaning {
 
 /// Of one cleaning that somebody waits for: dropped with the last file that is left.
 struct Progress {
-    left: Arc<AtomicUsize>,
+    left: Arc<Mutex<HashSet<u64>>>,
     finished: Option<Box<dyn FnOnce() + Send + Sync>>,
     /// Closed after that.
     _done: Sender<()>,
@@ -123,11 +122,11 @@ impl Drop for Progress {
 }
 
 /// One file of it, which may be left to several.
-struct Left(Arc<Progress>);
+struct Left(Arc<Progress>, u64);
 
 impl Drop for Left {
     fn drop(&mut self) {
-        self.0.left.fetch_sub(1, AcqRel);
+        self.0.left.lock().remove(&self.1);
     }
 }
 
@@ -179,12 +178,12 @@ pub fn wait_for_earlier(core: &Core) {
 pub fn clean(core: &Arc<Core>, rules: &[Arc<Rule>], finished: impl FnOnce() + Send + Sync + 'static) -> Cleaning {
     let (_done, done) = bounded::<()>(0);
     let (files, wants) = meant(core, rules);
-    let left = Arc::new(AtomicUsize::new(files.len()));
+    let left = Arc::new(Mutex::new(files.iter().map(|inode| inode.id).collect::<HashSet<_>>()));
     let progress = Arc::new(Progress { left: left.clone(), finished: Some(Box::new(finished)), _done });
     let cleaner = core.clone();
     core.cleaners.pool.run(move || {
         for inode in files {
-            forget(&cleaner, &inode, wants, Some(&Arc::new(Left(progress.clone()))));
+            forget(&cleaner, &inode, wants, Some(&Arc::new(Left(progress.clone(), inode.id))));
         }
     });
     Cleaning { left, done }
@@ -244,14 +243,6 @@ fn meant(core: &Core, rules: &[Arc<Rule>]) -> (Vec<Arc<Inode>>, Wants) {
     files.sort_by_key(|inode| held.contains(&inode.id));
     let any = |wants: fn(&Rule) -> bool| rules.iter().any(|rule| wants(rule));
     (files, Wants { pages: any(wants_pages), attributes: any(wants_attributes), names: any(wants_names) })
-}
-
-/// The paths of those files that a parked request holds, so that they cannot be cleaned now.
-pub fn held(core: &Core, rules: &[Arc<Rule>]) -> Vec<String> {
-    let held = core.parked_files();
-    let (files, _) = meant(core, rules);
-    let path = |inode: &Arc<Inode>| String::from_utf8_lossy(&inode.path(core.tree.version())).into_owned();
-    files.iter().filter(|inode| held.contains(&inode.id)).map(path).collect()
 }
 
 /// Any path below a directory counts for its names: a lookup is made in the directory.
@@ -318,20 +309,20 @@ mod tests {
             std::thread::yield_now();
         }
         let (_done, done) = bounded(0);
-        let left = Arc::new(AtomicUsize::new(2));
+        let left = Arc::new(Mutex::new(HashSet::from([1, 2])));
         let progress = Arc::new(Progress { left: left.clone(), finished: None, _done });
-        for pages in [true, false] {
-            let file = Arc::new(Left(progress.clone()));
+        for (id, pages) in [(1, true), (2, false)] {
+            let file = Arc::new(Left(progress.clone(), id));
             busy.once_at_a_time(1, pages, Some(&file), |_, _| panic!("somebody is there"));
         }
         drop(progress);
         busy.once_at_a_time(2, true, None, |again, pages| acts.lock().push((again, pages)));
-        assert_eq!((left.load(Acquire), acts.lock().clone()), (2, vec![(false, false), (false, true)]));
+        assert_eq!((left.lock().len(), acts.lock().clone()), (2, vec![(false, false), (false, true)]));
         let_go.send(()).unwrap();
         assert_eq!(done.recv_timeout(Duration::from_millis(20)), Err(crossbeam_channel::RecvTimeoutError::Timeout));
         drop(let_go);
         first.join().unwrap();
-        assert_eq!((left.load(Acquire), acts.lock().last().copied()), (0, Some((true, true))));
+        assert_eq!((left.lock().len(), acts.lock().last().copied()), (0, Some((true, true))));
         assert!(done.recv_timeout(Duration::from_secs(10)).is_err());
         assert!(busy.0.lock().is_empty());
     }

@@ -285,8 +285,10 @@ fn what_could_not_be_cleaned_in_time_is_told() {
     stall(&mounted, "read", "/held");
     let read = hanging(move || std::fs::read(path));
     eventually("a parked read", || parked(&mounted) >= 1);
-    let answer = mounted.error_rule("eio", "read", "/held", "EIO", None);
+    let free = File::open(file(&mounted, "free")).unwrap();
+    let answer = mounted.error_rule("eio", "read", "/**", "EIO", None);
     assert_eq!(answer["pending"], json!(["/held"]), "{answer}");
+    drop(free);
     mounted.cli(&["rule", "rm", "hang"]);
     drop(read.join().unwrap());
     eventually("the event that it is in force", || {

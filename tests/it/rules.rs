@@ -447,3 +447,24 @@ fn a_path_of_the_host_is_told_to_be_none_of_the_mount() {
     assert_eq!(mounted.error_rule("a", "write", "/wal/**", "EIO", None)["warnings"], json!([]));
     mounted.end();
 }
+
+#[test]
+fn what_waits_for_a_rule_waits_again_when_that_becomes_another_one() {
+    let mounted = Mounted::new();
+    std::fs::write(mounted.backing.join("r"), [1; 100]).unwrap();
+    let file = File::open(mounted.path("r")).unwrap();
+    let read = || file.read_at(&mut [0; 100], 0);
+    mounted.rule("first", error_on_write(json!({"times": 1})));
+    let after = json!({"match": {"ops": ["read"]}, "trigger": {"after_rule": "first"}, "fault": {"kind": "error", "errno": "EIO"}});
+    mounted.rule("then", after);
+    assert_eq!(read().unwrap(), 100);
+    assert_eq!(failures(&mounted, 1), [1]);
+    crate::support::eventually("it fails after the first", || read().is_err());
+    mounted.rule("first", error_on_write(json!({"times": 2})));
+    crate::support::eventually("it waits again", || read().is_ok_and(|read| read == 100));
+    assert_eq!(failures(&mounted, 1), [1]);
+    crate::support::eventually("it fails again, whatever the kernel has kept", || read().is_err());
+    mounted.reset();
+    drop(file);
+    mounted.end();
+}

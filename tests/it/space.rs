@@ -794,22 +794,38 @@ fn storm(root: &std::path::Path, seed: u64) {
 }
 
 #[test]
-fn the_refusals_of_another_capacity_are_counted_from_0() {
+fn where_nothing_was_limited_refusals_are_counted_from_0() {
     let mounted = Mounted::new();
     let refused = || std::fs::write(mounted.path("f"), [0; 4096]).unwrap_err().raw_os_error();
-    let counted = || mounted.http("GET", "/v1/rules/space", None).body["injections"].clone();
-    assert_eq!(mounted.http("GET", "/v1/rules/space", None).status, 404, "nothing is limited");
+    let shown = || mounted.http("GET", "/v1/rules/space", None);
+    let waited = || mounted.http("GET", "/v1/rules/space/wait?for=100ms", None);
+    assert_eq!((shown().status, waited().status), (404, 404), "nothing is limited");
     mounted.cli(&["space", "virtual", "--free", "0"]);
-    assert_eq!((refused(), counted()), (Some(libc::ENOSPC), json!(1)));
-    mounted.cli(&["space", "virtual", "--free", "0"]);
-    assert_eq!(counted(), json!(1), "the same capacity goes on counting");
+    assert_eq!((refused(), &shown().body["injections"]), (Some(libc::ENOSPC), &json!(1)));
+    mounted.cli(&["space", "quota", "--limit", "1GiB", "--path", "/q/**"]);
+    assert_eq!(shown().body["injections"], json!(1), "the capacity is the same");
     mounted.reset();
-    let ended = mounted.http("GET", "/v1/rules/space/wait?for=100ms", None);
-    assert_eq!(ended.body["fired"], json!(true), "what has fired has fired: {ended:?}");
-    mounted.cli(&["space", "virtual", "--free", "0"]);
-    assert_eq!(counted(), json!(0));
-    let waited = mounted.http("GET", "/v1/rules/space/wait?for=100ms", None);
-    assert_eq!(waited.body["fired"], json!(false), "{waited:?}");
-    mounted.reset();
+    assert_eq!((shown().status, waited().status), (404, 404));
+    mounted.cli(&["space", "virtual", "--free", "0", "--for", "3s"]);
+    assert_eq!((&shown().body["injections"], &waited().body["fired"]), (&json!(0), &json!(false)));
+    assert_eq!(refused(), Some(libc::ENOSPC));
+    crate::support::eventually("its time is over", || shown().status == 404);
+    assert_eq!(waited().body["fired"], json!(true), "what has fired has fired");
+    mounted.end();
+}
+
+#[test]
+fn the_time_of_one_ballast_does_not_end_the_next() {
+    let mounted = Mounted::on_own_disk(64 << 20, EXT4);
+    mounted.cli(&["space", "ballast", "--used", "50%", "--for", "1s"]);
+    mounted.cli(&["space", "ballast", "--used", "70%"]);
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert_eq!(space_of(&mounted)["ballast"]["state"], "full");
+    assert_eq!(ballast_files(&mounted).len(), 1);
+    mounted.cli(&["space", "ballast", "--used", "50%", "--for", "1s"]);
+    mounted.cli(&["space", "clear", "ballast"]);
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    let expired = mounted.events().into_iter().filter(|event| event["action"] == "expired");
+    assert_eq!(expired.count(), 0, "none has lived so long");
     mounted.end();
 }

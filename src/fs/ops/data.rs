@@ -208,7 +208,7 @@ impl Core {
     /// Only what is stored makes a bad sector good.
     fn heal(&self, caller: &Caller, call: &Call<'_>, written: u64) {
         let plan = self.arming.plan();
-        if plan.heals {
+        if !plan.healing.is_empty() {
             stored(&plan, &Request::new(self, caller, call), written);
         }
     }
