@@ -141,6 +141,12 @@ pub fn without_mount(world: &World) -> Result<Vec<Target>, ClientError> {
     Ok(found.into_iter().map(|target| Target { chosen: false, ..target }).collect())
 }
 
+/// The daemon without a mount, if it lives and nobody chose another host.
+pub fn living_without_mount(world: &World) -> Option<Target> {
+    let lives = world.globals.host.is_empty() && instances::is_held(&world.run_dir.join(format!("{NAME}.json")));
+    lives.then(|| without_mount(world).ok()?.pop()).flatten()
+}
+
 /// Whether the daemon without a mount, which nobody chose, has ended well: one that was killed leaves its state file.
 /// Waits for one that is about to end.
 pub fn has_ended(world: &World, target: &Target) -> bool {

@@ -152,7 +152,7 @@ fn run(cli: &Cli, run_dir: &Path, console: &Console) -> u8 {
         Verb::Mode(args) => mode::run(&world, args),
         Verb::Rule(command) => rule::run(&world, command),
         Verb::Events(args) => events::run(&world, args),
-        Verb::Reset { all } => on_each(&world, &|session| rule::reset(session, *all)),
+        Verb::Reset { all } => rule::reset_each(&world, *all),
         Verb::Sweep(args) => sweep::run(&world, args),
         Verb::Space(command) => space::run(&world, command),
         Verb::Device(command) => device::run(&world, command),

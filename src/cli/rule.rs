@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
+use crate::client::host::resolve;
 use crate::client::{ClientError, Reply, rule_file, segment, with_query};
 use crate::exit;
 use crate::fault::document::definition;
@@ -17,8 +18,8 @@ use super::args::{Span, pair, quoted};
 use super::console::Outcome;
 use super::rule_args::{FaultArgs, MatchArgs, TriggerArgs, given};
 use super::rule_text::{command, sentence};
-use super::session::{Session, World, changed, on_each, shown};
-use super::{events, mode, space, table};
+use super::session::{Session, World, changed, on_each, on_targets, shown};
+use super::{events, host, mode, space, table};
 
 #[derive(Debug, Subcommand)]
 pub enum RuleCommand {
@@ -311,7 +312,18 @@ const GLANCE: Duration = Duration::from_secs(1);
 /// How long devices and coredumps may take to be as they were.
 const RESET_ALL: Duration = Duration::from_secs(180);
 
-/// `reset` lives here because what it takes away and may have to bring back are rules.
+/// `reset` on every host, and of one whose mount is dead what is to be done of the machine.
+pub fn reset_each(world: &World, all: bool) -> u8 {
+    let verb = |session: &Session| reset(session, all);
+    let targets = resolve(&world.globals.host, world.run_dir);
+    let is_dead = targets.as_ref().is_err_and(|error| error.exit == exit::NO_INSTANCE);
+    // What was done to the machine any daemon undoes; that the mount's own one has died is told all the same.
+    let any = if all && is_dead { host::living_without_mount(world) } else { None };
+    let done = any.map(|any| on_targets(world, Ok(vec![any]), &verb));
+    done.unwrap_or_default().max(on_targets(world, targets, &verb))
+}
+
+/// It lives here because what it takes away and may have to bring back are rules.
 pub fn reset(session: &Session, all: bool) -> Result<Outcome, ClientError> {
     let old = before_reset(session);
     let reply = match all {

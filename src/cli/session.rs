@@ -60,7 +60,8 @@ pub fn on_host(world: &World, verb: Verb) -> u8 {
     on_targets(world, super::host::without_mount(world), verb)
 }
 
-fn on_targets(world: &World, targets: Result<Vec<Target>, ClientError>, verb: Verb) -> u8 {
+/// Runs `verb` on hosts that were chosen, or says why there are none.
+pub fn on_targets(world: &World, targets: Result<Vec<Target>, ClientError>, verb: Verb) -> u8 {
     let targets = match targets {
         Ok(targets) => targets,
         Err(error) => return world.console.error(&error),

@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -67,10 +68,14 @@ fn ran_on(fake: &Fake, words: &str) -> Ran {
 
 /// Makes `fake` the living instance of its run directory, for as long as the lock is kept.
 fn alive(fake: &Fake, name: &str) -> Flock<File> {
+    alive_at(fake, name, Some(format!("/nonexistent/{name}").into()))
+}
+
+fn alive_at(fake: &Fake, name: &str, mountpoint: Option<PathBuf>) -> Flock<File> {
     let state = State {
         instance: name.into(),
         pid: 4711,
-        mountpoint: Some(format!("/nonexistent/{name}").into()),
+        mountpoint,
         backing: Some("/backing".into()),
         socket: fake.socket.clone(),
         log: None,
@@ -207,6 +212,24 @@ fn the_only_living_instance_needs_no_choice_and_among_several_one_must_be_chosen
     assert!(undecided.err.text().contains("n1, n2"));
     assert_eq!(ran(&fake, "mode -H n2").exit, exit::DONE);
     assert_eq!(ran(&fake, "mode -H n3").exit, exit::NO_INSTANCE);
+}
+
+#[test]
+fn reset_all_beside_a_dead_mount_does_the_part_of_the_machine_and_tells_of_the_dead() {
+    let fake = Fake::start();
+    drop(alive(&fake, "n1"));
+    fake.answer("POST /v1/reset", 200, json!({"devices": ["d1"], "leases": []}));
+    assert_eq!(ran(&fake, "reset --all").exit, exit::NO_INSTANCE);
+    let _host = alive_at(&fake, "host", None);
+    let said = ran(&fake, "reset --all");
+    assert_eq!((said.exit, said.out.lines()), (exit::NO_INSTANCE, vec!["devices removed: d1".to_owned()]));
+    assert!(said.err.text().contains("n1 has died"), "{}", said.err.text());
+    assert_eq!(fake.seen().pop().unwrap().0, "POST /v1/reset?all=true");
+    let asked = fake.seen().len();
+    for words in ["reset", "-H n1 reset --all"] {
+        assert_eq!(ran(&fake, words).exit, exit::NO_INSTANCE, "{words}");
+    }
+    assert_eq!(fake.seen().len(), asked);
 }
 
 #[test]

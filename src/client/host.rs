@@ -150,9 +150,11 @@ fn only_living(run_dir: &Path) -> Result<Target, ClientError> {
     let mut found = all(run_dir)?;
     // Those with a mount come first: one without may have come by itself. It does not answer for one whose daemon is dead
     // either, or what was meant for a mount would seem to be done.
-    if found.iter().any(|instance| instance.state.mountpoint.is_some()) {
+    let are_mounts = found.iter().any(|instance| instance.state.mountpoint.is_some());
+    if are_mounts {
         found.retain(|instance| instance.state.mountpoint.is_some());
     }
+    let none = if are_mounts { "no instance with a mount runs here" } else { "no instance runs here" };
     let (living, dead): (Vec<Instance>, Vec<Instance>) = found.into_iter().partition(|instance| instance.alive);
     match (living.as_slice(), dead.as_slice()) {
         ([one], _) => Ok(Target::of_instance(one, false)),
@@ -160,7 +162,7 @@ fn only_living(run_dir: &Path) -> Result<Target, ClientError> {
             "`nemesisfs mount BACKING MOUNTPOINT` starts one; -H chooses one elsewhere (looked in {})",
             run_dir.display()
         ))),
-        ([], [one, ..]) => Err(ClientError::no_instance(format!("no instance runs here: {} has died", names(&dead)))
+        ([], [one, ..]) => Err(ClientError::no_instance(format!("{none}: {} has died", names(&dead)))
             .hint(format!("its log may tell why; `nemesisfs umount --instance {}` cleans up", one.state.instance))),
         (several, _) => Err(ClientError::usage(format!("several instances run here: {}", names(several)))
             .hint("choose with -H NAME, which can be given more than once")),

@@ -127,6 +127,10 @@ fn one_without_a_mount_does_not_answer_for_a_mount_whose_daemon_has_died() {
         assert!(said.err.contains("t has died") && said.err.contains("nemesisfs umount --instance t"), "{said:?}");
     }
     assert_eq!(run_in(&run_dir, &["coredump", "status"]).code, 0, "for the machine any daemon will do");
+    // Which is the one part of this that can be done.
+    let said = run_in(&run_dir, &["reset", "--all"]);
+    assert!(said.code == 3 && said.out.contains("of the machine"), "{said:?}");
+    assert!(said.err.contains("no instance with a mount runs here: t has died"), "{said:?}");
     mounted.mount_again();
     assert_eq!(run_in(&run_dir, &["reset"]).code, 0);
     assert_eq!(run_in(&run_dir, &["umount", "--instance", "host"]).code, 0);
