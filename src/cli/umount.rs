@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::client::{Client, ClientError, Host, Reply};
 use crate::daemon::{self, How};
 use crate::exit;
-use crate::instances::{self, Instance, State, without_touching};
+use crate::instances::{self, Instance, State, same_place, without_touching};
 use crate::sys::mounts::{self, FILESYSTEM_TYPE, Mount};
 
 use super::console::Outcome;
@@ -160,6 +160,10 @@ fn no_table(error: std::io::Error) -> ClientError {
 
 fn end_living(world: &World, instance: &Instance, args: &UmountArgs, mountpoint: &Path) -> Result<String, ClientError> {
     let places = places_of(instance)?;
+    // It is unmounted already. Where it is bound it was bound by somebody, who has not asked for an end of that.
+    if !args.force && !places.is_empty() && !places.iter().any(|mount| same_place(&mount.mountpoint, mountpoint)) {
+        return Err(lives_on(instance, &places, &format!("{} is not mounted", mountpoint.display())));
+    }
     let is_copy = places.len() > 1 && !instance.is_mounted_at(mountpoint);
     if let Some(copy) = places.iter().find(|mount| is_copy && !args.force && mount.mountpoint == mountpoint) {
         return end_copy(instance, copy, args.how());
@@ -230,14 +234,22 @@ fn end_copy(instance: &Instance, copy: &Mount, how: How) -> Result<String, Clien
 fn must_be_gone(instance: &Instance, before: &[Mount], mountpoint: &Path) -> Result<(), ClientError> {
     let now = places_of(instance)?;
     // Of one that has ended, another mount may have the number by now.
-    let left: Vec<&Path> = before.iter().filter(|mount| now.contains(mount)).map(|mount| &*mount.mountpoint).collect();
-    let (Some(first), false) = (left.first(), instance.has_ended()) else { return Ok(()) };
-    let (name, all) = (&instance.state.instance, left.iter().map(|place| place.display().to_string()));
-    let all = all.collect::<Vec<_>>().join(", ");
-    let detail = format!("{} unmounted, but instance {name} is still mounted at {all}", mountpoint.display());
-    let hint =
-        format!("`nemesisfs umount {}`, or `nemesisfs umount --instance {name} --force` for all", first.display());
-    Err(ClientError::failed(detail).hint(hint))
+    let left: Vec<Mount> = before.iter().filter(|mount| now.contains(mount)).cloned().collect();
+    match left.is_empty() || instance.has_ended() {
+        true => Ok(()),
+        false => Err(lives_on(instance, &left, &format!("{} unmounted", mountpoint.display()))),
+    }
+}
+
+fn lives_on(instance: &Instance, places: &[Mount], done: &str) -> ClientError {
+    let (name, all) = (&instance.state.instance, listed(places));
+    let first = places.first().map(|mount| mount.mountpoint.display().to_string()).unwrap_or_default();
+    let hint = format!("`nemesisfs umount {first}`, or `nemesisfs umount --instance {name} --force` for all");
+    ClientError::failed(format!("{done}, but instance {name} is still mounted at {all}")).hint(hint)
+}
+
+fn listed(places: &[Mount]) -> String {
+    places.iter().map(|mount| mount.mountpoint.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// For a daemon that does not answer: its connection is cut from outside.

@@ -704,6 +704,13 @@ fn what_is_bound_elsewhere_is_named_as_what_keeps_the_instance_and_ends_it_when_
             "{how}: {said:?}"
         );
         assert!(!is_mounted(&mounted.mountpoint) && is_alive(mounted.pid), "{how}");
+        // Once more, as who cleans up does, takes away nothing that somebody else has bound.
+        for again in [words, vec!["umount", "--instance", "t"]] {
+            let said = program(&run, &again);
+            let told = said.err.contains(&format!("is not mounted, but instance t is still mounted at {other}"));
+            assert!(said.code == 1 && told, "{again:?}: {said:?}");
+            assert!(is_mounted(&bound.0) && is_alive(mounted.pid), "{again:?}: {said:?}");
+        }
         std::fs::write(bound.0.join("f"), "it goes on").unwrap();
         let said = program(&run, &["umount", &other]);
         assert_eq!(said.code, 0, "{how}: {said:?}");
