@@ -201,6 +201,9 @@ fn end_living(world: &World, instance: &Instance, args: &UmountArgs, mountpoint:
         Err(error) => return Err(error),
     };
     match (ended, args.force) {
+        (true, true) if places.len() > 1 => {
+            Ok(format!("instance {} ended: {} unmounted", instance.state.instance, listed(&places)))
+        }
         (true, _) => Ok(format!("{} unmounted", mountpoint.display())),
         (false, true) => abort(instance, &places, mountpoint),
         // A lazy daemon lives on until the last file is closed; what was asked for is done.
