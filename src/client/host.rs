@@ -122,13 +122,15 @@ fn sockets(path: &str) -> Result<Vec<Target>, ClientError> {
     Ok(targets)
 }
 
-/// The living mounts with such names. A daemon without one may have come by itself.
+/// The mounts with such names; of one whose daemon has died it is found out when it is asked, or nobody would be told that
+/// there was anything that is not done. A daemon without a mount may have come by itself.
 fn by_glob(name: &str, run_dir: &Path) -> Result<Vec<Target>, ClientError> {
     let glob = glob::Pattern::new(name).map_err(|error| ClientError::usage(format!("-H {name}: {error}")))?;
-    let mut found = living(run_dir)?;
+    let mut found = all(run_dir)?;
     found.retain(|instance| instance.state.mountpoint.is_some() && glob.matches(&instance.state.instance));
     if found.is_empty() {
-        return Err(ClientError::no_instance(format!("no instance with a name like {name} lives here")));
+        return Err(ClientError::no_instance(format!("no instance with a mount has a name like {name}"))
+            .hint("`nemesisfs list` shows what there is; one without a mount is chosen by its whole name"));
     }
     Ok(found.iter().map(|instance| Target::of_instance(instance, true)).collect())
 }
@@ -204,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_glob_of_names_means_the_mounts_that_live() {
+    fn a_glob_of_names_means_the_mounts_also_those_whose_daemons_have_died() {
         use nix::fcntl::{Flock, FlockArg};
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, mountpoint: Option<&str>| {
@@ -217,10 +219,14 @@ mod tests {
         let hold = |file| Flock::lock(std::fs::File::open(file).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
         let _locks = [hold(write("n1", Some("/1"))), hold(write("n2", Some("/2"))), hold(write("nhost", None))];
         write("n3", Some("/3"));
-        let expected = ["unix:///run/n1.sock", "unix:///run/n2.sock"];
+        let expected = ["unix:///run/n1.sock", "unix:///run/n2.sock", "unix:///run/n3.sock"];
         assert_eq!(resolve_in(dir.path(), &["n*"]).unwrap(), expected);
         assert_eq!(resolve_in(dir.path(), &["n2", "n[12]"]).unwrap(), [expected[1], expected[0]]);
-        assert_eq!(resolve_in(dir.path(), &["x*"]).unwrap_err().exit, exit::NO_INSTANCE);
+        for none in ["x*", "nh*"] {
+            let error = resolve_in(dir.path(), &[none]).unwrap_err();
+            assert!(error.detail().contains("no instance with a mount has a name like"), "{error}");
+            assert_eq!((error.exit, error.lines().len()), (exit::NO_INSTANCE, 2), "{none}");
+        }
     }
 
     #[test]

@@ -131,6 +131,12 @@ fn one_without_a_mount_does_not_answer_for_a_mount_whose_daemon_has_died() {
     let said = run_in(&run_dir, &["reset", "--all"]);
     assert!(said.code == 3 && said.out.contains("of the machine"), "{said:?}");
     assert!(said.err.contains("no instance with a mount runs here: t has died"), "{said:?}");
+    let (other, place) = (mounted.aside("other"), mounted.aside("place"));
+    let said = run_in(&run_dir, &["mount", "--instance", "t2", other.to_str().unwrap(), place.to_str().unwrap()]);
+    assert_eq!(said.code, 0, "{said:?}");
+    let said = run_in(&run_dir, &["-H", "t*", "reset"]);
+    assert_eq!(run_in(&run_dir, &["umount", "--instance", "t2"]).code, 0);
+    assert!(said.code == 3 && said.out.contains("t2: reset: ") && said.err.contains("t: error: "), "{said:?}");
     mounted.mount_again();
     assert_eq!(run_in(&run_dir, &["reset"]).code, 0);
     assert_eq!(run_in(&run_dir, &["umount", "--instance", "host"]).code, 0);
