@@ -87,7 +87,7 @@ fn launch_of(options: &Options) -> Launch<'_> {
     }
     let log = options.log.as_deref().unwrap_or(Path::new("/dev/null"));
     words.extend(["--log".into(), log.into()]);
-    Launch { run_dir: &options.run_dir, log, words, operands: Vec::new() }
+    Launch { run_dir: &options.run_dir, state: &options.state, log, words, operands: Vec::new() }
 }
 
 /// Starts the daemon, and again whenever it is killed while something of the machine is changed: there may be no other that

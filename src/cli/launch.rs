@@ -35,6 +35,7 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 /// What is to be started.
 pub struct Launch<'a> {
     pub run_dir: &'a Path,
+    pub state: &'a StateDir,
     pub log: &'a Path,
     /// The verb and what it needs to decide nothing by itself; `--ready-fd` comes before its operands.
     pub words: Vec<OsString>,
@@ -230,7 +231,7 @@ fn start(launch: &Launch, log: File) -> io::Result<(OwnedFd, Child)> {
         .arg("--")
         .args(&launch.operands)
         .env("NEMESISFS_RUNDIR", launch.run_dir)
-        .env("NEMESISFS_STATEDIR", StateDir::of_machine().path())
+        .env("NEMESISFS_STATEDIR", launch.state.path())
         .env_remove("NEMESISFS_HOST")
         .current_dir("/")
         .stdin(Stdio::null())

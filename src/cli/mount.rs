@@ -89,12 +89,13 @@ fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Options, ClientError> {
         None => Vec::new(),
         Some(file) => rules_of(file)?,
     };
+    let (backing, run_dir) = (lexical(&args.backing), lexical(run_dir));
     let options = Options {
-        backing: lexical(&args.backing),
+        state: state_dir(&run_dir, &backing, &mountpoint),
+        backing,
         mountpoint,
         instance,
-        run_dir: lexical(run_dir),
-        state: StateDir::of_machine(),
+        run_dir,
         socket,
         log: Some(log),
         rules_file,
@@ -116,18 +117,33 @@ fn keep_apart(options: &Options) -> Result<(), ClientError> {
         ("the state directory", options.state.path(), "NEMESISFS_STATEDIR"),
         ("the socket", &options.socket, "--socket"),
     ];
-    let within = |path: &Path, dir: &Path| path.starts_with(dir) || resolved(path).starts_with(without_touching(dir));
     for (what, path, choice) in all.into_iter().chain(log) {
         let path = lexical(path);
         let place = match () {
-            () if within(&path, &options.mountpoint) => "under the mountpoint",
-            () if within(&path, &options.backing) => "in the backing directory",
+            () if is_within(&path, &options.mountpoint) => "under the mountpoint",
+            () if is_within(&path, &options.backing) => "in the backing directory",
             () => continue,
         };
         let detail = format!("{what} {} would lie {place}, among the files of the mount", path.display());
         return Err(ClientError::failed(detail).hint(format!("{choice} chooses another place")));
     }
     Ok(())
+}
+
+fn is_within(path: &Path, dir: &Path) -> bool {
+    path.starts_with(dir) || resolved(path).starts_with(without_touching(dir))
+}
+
+/// Another user's than root lies below their home unless it was named, and that is the data directory of many a database's
+/// user. They can do nothing to the machine that would have to outlive the run directory, so it lies there instead.
+fn state_dir(run_dir: &Path, backing: &Path, mountpoint: &Path) -> StateDir {
+    let usual = StateDir::of_machine();
+    let is_own = !nix::unistd::geteuid().is_root()
+        && std::env::var_os("NEMESISFS_STATEDIR").is_none_or(|named| named.is_empty());
+    match is_own && [backing, mountpoint].iter().any(|dir| is_within(usual.path(), dir)) {
+        true => StateDir::new(run_dir.join("state")),
+        false => usual,
+    }
 }
 
 /// A path with symbolic links followed, as far as it exists.
@@ -206,6 +222,7 @@ fn launch_of(prepared: &Options) -> Launch<'_> {
     }
     Launch {
         run_dir: &prepared.run_dir,
+        state: &prepared.state,
         log: prepared.log.as_deref().unwrap_or(Path::new("/dev/null")),
         words,
         operands: vec![prepared.backing.clone().into(), prepared.mountpoint.clone().into()],

@@ -593,6 +593,40 @@ fn another_user_than_root_can_mount_for_themselves() {
     assert!(std::fs::read_to_string(path("run/mnt.log")).unwrap().contains("without root"));
 }
 
+/// Users of databases have their data directory as home, and below that would be the directory of what is done to the
+/// machine, which they cannot do.
+#[test]
+fn another_user_than_root_can_mount_their_home_and_nothing_of_ours_is_made_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    for name in ["home", "mnt", "run", "."] {
+        std::fs::create_dir_all(path(name)).unwrap();
+        std::os::unix::fs::chown(path(name), Some(65534), Some(65534)).unwrap();
+    }
+    let own = executable_in(dir.path());
+    let as_user = |script: &str| -> Said {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+        command.args(["--inh-caps=+sys_admin,+dac_override", "--ambient-caps=+sys_admin,+dac_override"]);
+        for name in ["NEMESISFS_RUNDIR", "NEMESISFS_STATEDIR", "XDG_STATE_HOME", "NEMESISFS_HOST"] {
+            command.env_remove(name);
+        }
+        command.env("HOME", path("home")).env("XDG_RUNTIME_DIR", path("run"));
+        command.args(["sh", "-c", script]).output().unwrap().into()
+    };
+    for place in ["mnt", "home"].map(path) {
+        let said = as_user(&format!("{own} mount {} {place}", path("home")));
+        assert_eq!(said.code, 0, "{place}: {said:?}");
+        let used =
+            as_user(&format!("{own} mode enospc; {own} coredump status; {own} device status x; {own} reset --all"));
+        let there = std::fs::read_dir(path("home")).map(Iterator::count);
+        let said = as_user(&format!("{own} umount {place}"));
+        assert_eq!(said.code, 0, "{place}: {said:?}");
+        let made = std::fs::read_dir(path("home")).unwrap().count();
+        assert_eq!(made, 0, "{place}, with {there:?} while it was mounted: {used:?}");
+    }
+}
+
 #[test]
 fn a_handler_that_panics_answers_eio_and_serving_goes_on() {
     let mounted = Mounted::new();
