@@ -201,7 +201,7 @@ fn show(session: &Session, name: &str) -> Result<Outcome, ClientError> {
     lines.push(format!("created {}", field(rule, "created")));
     let made_by = match name {
         "mode" => mode::made_by(&session.client, rule)?,
-        "space" => space::before(&session.client)?.limit,
+        "space" => space::made_by(&session.client)?,
         _ => command(rule),
     };
     lines.extend(made_by.map(|words| format!("made by: {}", session.command(&words))));

@@ -94,9 +94,9 @@ pub struct BallastArgs {
     /// Coredumps go to the root filesystem before the disk is full, and home when it is no longer
     #[arg(long)]
     redirect_coredumps: bool,
-    /// How long filling may take: then it has failed, and is undone
-    #[arg(long, value_name = "DURATION", default_value = "60s")]
-    deadline: Span,
+    /// How long filling may take: then it has failed, and is undone [default: 60s]
+    #[arg(long, value_name = "DURATION")]
+    deadline: Option<Span>,
     /// Removed after this time
     #[arg(long = "for", value_name = "DURATION")]
     life: Option<Span>,
@@ -189,7 +189,7 @@ fn quota(session: &Session, args: &QuotaArgs) -> Result<Outcome, ClientError> {
 /// Fills the disk, which can take long; a person is told how far it is.
 fn ballast(session: &Session, args: &BallastArgs) -> Result<Outcome, ClientError> {
     let life = args.life.as_ref().map(|life| life.text.clone());
-    let deadline = Some(args.deadline.text.clone());
+    let deadline = args.deadline.as_ref().map(|deadline| deadline.text.clone());
     let Target { until_free, used } = &args.target;
     let texts = [("until_free", until_free), ("used", used), ("deadline", &deadline), ("for", &life)];
     let mut wanted = given(texts);
@@ -198,6 +198,7 @@ fn ballast(session: &Session, args: &BallastArgs) -> Result<Outcome, ClientError
             wanted.insert(name.into(), json!(true));
         }
     }
+    let old = before_of(session)?;
     // The daemon ends by itself.
     let client = session.patient(None)?;
     let tells = session.explains() && !session.several && std::io::stderr().is_terminal();
@@ -212,7 +213,8 @@ fn ballast(session: &Session, args: &BallastArgs) -> Result<Outcome, ClientError
         reply
     })?;
     let what = filled(&reply.body).unwrap_or_else(|| "ballast: none".to_owned());
-    Ok(changed(reply, what, vec![session.undo("space clear ballast")]))
+    let undo = old.ballast.unwrap_or_else(|| "space clear ballast".to_owned());
+    Ok(changed(reply, what, vec![session.undo(&undo)]))
 }
 
 /// One line that is written over itself.
@@ -249,7 +251,7 @@ fn clear(session: &Session, part: Option<&str>) -> Result<Outcome, ClientError> 
 /// The commands that asked for what is in force.
 #[derive(Default)]
 pub struct Before {
-    pub limit: Option<String>,
+    limit: Option<String>,
     quotas: Vec<String>,
     ballast: Option<String>,
 }
@@ -268,13 +270,29 @@ fn before_of(session: &Session) -> Result<Before, ClientError> {
 pub fn before(client: &Client) -> Result<Before, ClientError> {
     let body = client.get("/v1/space")?.body;
     let there = body.get("quota").and_then(Value::as_array).into_iter().flatten();
-    let full = body.pointer("/ballast/target_free").and_then(Value::as_u64);
     Ok(Before {
-        limit: body.pointer("/virtual/requested").map(|requested| words("virtual", requested)),
+        limit: again(&body, "virtual"),
         quotas: there.filter_map(|quota| quota.get("requested").map(quota_words)).collect(),
-        // Nobody tells whether it was forced, and it would be refused for nothing but that.
-        ballast: full.map(|free| format!("space ballast --until-free {free} --force")),
+        ballast: again(&body, "ballast"),
     })
+}
+
+/// The words that bring back a part, for what is left of its time. None when that is over.
+fn again(body: &Value, part: &str) -> Option<String> {
+    let set = body.get(part)?;
+    let mut requested = set.get("requested").filter(|requested| requested.is_object())?.clone();
+    match set.get("remaining").and_then(Value::as_str) {
+        Some("0s") => return None,
+        Some(left) => requested["for"] = json!(left),
+        None => {}
+    }
+    Some(words(part, &requested))
+}
+
+/// The words that made the capacity that is in force.
+pub fn made_by(client: &Client) -> Result<Option<String>, ClientError> {
+    let body = client.get("/v1/space")?.body;
+    Ok(body.pointer("/virtual/requested").map(|requested| words("virtual", requested)))
 }
 
 fn quota_words(requested: &Value) -> String {

@@ -353,6 +353,21 @@ fn modes_and_space_tell_how_it_was_before() {
 }
 
 #[test]
+fn ballast_is_brought_back_as_it_was_asked_for() {
+    let fake = Fake::start();
+    let _lock = alive(&fake, "n1");
+    let asked = json!({"until_free": "30MiB", "redirect_coredumps": true, "for": "20s"});
+    let filled = json!({"state": "full", "file": "f", "requested": asked, "remaining": "17s"});
+    fake.answer("GET /v1/space", 200, json!({"virtual": null, "quota": [], "ballast": filled}));
+    fake.answer("PUT /v1/space", 200, json!({"ballast": null}));
+    let undo = ran(&fake, "space ballast --until-free 40MiB").out.lines().pop().unwrap();
+    for word in ["undo: nemesisfs space ballast --", " --until-free 30MiB", " --for 17s", " --redirect-coredumps"] {
+        assert!(undo.contains(word) && !undo.contains("--force"), "{undo}");
+    }
+    assert_eq!(fake.seen().pop().unwrap().1, json!({"ballast": {"until_free": "40MiB"}}));
+}
+
+#[test]
 fn usage_errors_are_exit_2() {
     for words in ["space virtual", "space virtual --free 0 --used 1%", "rule add a", "mode enospc --for 3", "nonsense"]
     {

@@ -7,7 +7,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::State;
@@ -35,8 +35,8 @@ const GRACE: Duration = Duration::from_secs(2);
 pub struct Requested {
     r#virtual: Option<Value>,
     quota: Vec<Value>,
-    /// Was the ballast asked for so that coredumps go elsewhere?
-    ballast_redirects: bool,
+    /// Of what fills the disk, or did last: whether it still does is for the ballast to tell.
+    ballast: Option<Value>,
     /// By part.
     numbers: [Numbers; 3],
 }
@@ -47,6 +47,17 @@ struct Numbers {
     set: u64,
     /// Of what is to be set: what comes later takes its place.
     coming: u64,
+    /// When the life of what is set ends.
+    ends: Option<Instant>,
+}
+
+impl Numbers {
+    /// Something else is set from now on, or nothing.
+    fn begin(&mut self, life: Option<Duration>) -> u64 {
+        self.set += 1;
+        self.ends = life.and_then(|life| Instant::now().checked_add(life));
+        self.set
+    }
 }
 
 impl Requested {
@@ -60,9 +71,20 @@ impl Requested {
         self.of(part).coming
     }
 
-    fn virtual_redirects(&self) -> bool {
-        self.r#virtual.as_ref().is_some_and(|asked| asked["redirect_coredumps"] == true)
+    /// What of its time is left to what is set, in the words of a mode.
+    fn remaining(&self, part: Part) -> Option<String> {
+        let left = self.numbers[part as usize].ends?.saturating_duration_since(Instant::now());
+        let left = Duration::from_millis(u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
+        Some(humantime::format_duration(left).to_string())
     }
+
+    fn ballast_redirects(&self) -> bool {
+        redirects(self.ballast.as_ref())
+    }
+}
+
+fn redirects(asked: Option<&Value>) -> bool {
+    asked.is_some_and(|asked| asked["redirect_coredumps"] == true)
 }
 
 /// The parts of a capacity.
@@ -265,20 +287,21 @@ impl Control {
         // The backing filesystem may hang; the mount itself is not asked.
         let asking = tokio::time::timeout(LOOK_LIMIT, self.looks.statfs.ask(move || core.space_left()));
         let statfs = asking.await.ok().and_then(Result::ok).and_then(Result::ok);
-        let (asked, quota) = {
+        let filled = self.core.ballast.status();
+        let (limit, quota, ballast) = {
             let requested = self.space.lock();
-            (requested.r#virtual.clone(), self.show_quotas(&requested))
+            let ballast = filled.map(|status| show_filled(&status, &requested));
+            (self.show_virtual(&requested), self.show_quotas(&requested), ballast)
         };
         let statfs = statfs.map(|s| {
             json!({"blocks": s.blocks, "free": s.free, "available": s.available, "block_size": s.fragment_size,
                 "files": s.files, "files_free": s.files_free})
         });
-        let ballast = self.core.ballast.status().map(|status| show_ballast(&status));
-        json!({"virtual": self.show_virtual(asked), "quota": quota, "ballast": ballast, "statfs": statfs,
+        json!({"virtual": limit, "quota": quota, "ballast": ballast, "statfs": statfs,
             "cursor": self.cursor()})
     }
 
-    fn show_virtual(&self, requested: Option<Value>) -> Option<Value> {
+    fn show_virtual(&self, requested: &Requested) -> Option<Value> {
         let capacity = &self.core.capacity;
         let mut account = json!({});
         if let Some(size) = capacity.size() {
@@ -289,7 +312,8 @@ impl Control {
         if let Some((all, free)) = capacity.inodes() {
             account["inodes"] = json!({"free": free, "all": all});
         }
-        account["requested"] = requested?;
+        account["requested"] = requested.r#virtual.clone()?;
+        account["remaining"] = requested.remaining(Part::Virtual).into();
         Some(account)
     }
 
@@ -324,7 +348,7 @@ impl Control {
         let was = requested.r#virtual.take().is_some() | !std::mem::take(&mut requested.quota).is_empty();
         for part in Part::ALL {
             requested.overtake(part);
-            requested.of(part).set += 1;
+            requested.of(part).begin(None);
         }
         self.core.capacity.clear();
         if was {
@@ -363,20 +387,20 @@ impl Control {
 
     /// Is the disk full, or being filled, with coredumps elsewhere?
     pub(super) fn ballast_redirects(&self) -> bool {
-        self.space.lock().ballast_redirects
+        self.space.lock().ballast_redirects()
     }
 
     /// Does a capacity that is in force want coredumps elsewhere?
     pub(super) fn space_redirects(&self) -> bool {
         let requested = self.space.lock();
-        let (by_virtual, by_ballast) = (requested.virtual_redirects(), requested.ballast_redirects);
+        let (by_virtual, by_ballast) = (redirects(requested.r#virtual.as_ref()), requested.ballast_redirects());
         drop(requested);
         by_virtual || (by_ballast && self.core.ballast.status().is_some())
     }
 
     fn clear_virtual(&self, requested: &mut Requested) {
         requested.r#virtual = None;
-        requested.of(Part::Virtual).set += 1;
+        requested.of(Part::Virtual).begin(None);
         self.core.capacity.set(crate::space::Limits::default());
     }
 
@@ -460,7 +484,7 @@ impl Control {
                     .hint("a filesystem of its own for the data, or force (--force) to fill this one"));
             }
         }
-        self.space.lock().ballast_redirects = wanted.redirect_coredumps;
+        self.space.lock().ballast = Some(asked.clone());
         // A client that goes away does not want it any more.
         let mut abandoned = Abandoned(Some(self.core.clone()));
         let core = self.core.clone();
@@ -493,8 +517,7 @@ impl Control {
 
     /// What was set ends after a time, unless it was set anew or cleared meanwhile.
     fn begin_life(self: &Arc<Self>, requested: &mut Requested, part: Part, life: Option<Duration>) {
-        requested.of(part).set += 1;
-        let set = requested.of(part).set;
+        let set = requested.of(part).begin(life);
         let Some(life) = life else { return };
         let control = self.clone();
         tokio::spawn(async move {
@@ -554,6 +577,13 @@ impl Drop for Abandoned {
 fn show_ballast(status: &Status) -> Value {
     json!({"state": if status.full { "full" } else { "filling" }, "file": status.file, "allocated": status.allocated,
         "free": status.free, "target_free": status.target_free})
+}
+
+fn show_filled(status: &Status, requested: &Requested) -> Value {
+    let mut ballast = show_ballast(status);
+    ballast["requested"] = requested.ballast.clone().into();
+    ballast["remaining"] = requested.remaining(Part::Ballast).into();
+    ballast
 }
 
 fn not_counted(error: std::io::Error) -> super::Problem {

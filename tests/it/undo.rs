@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Mounted, Said, executable};
+use crate::support::{Mounted, Said, eventually, executable};
 
 /// Runs the lines `undo: nemesisfs …` of what a command has said; each must succeed.
 fn undo(mounted: &Mounted, said: &str) -> usize {
@@ -25,9 +25,17 @@ fn state(mounted: &Mounted) -> Value {
     let rules: Vec<Value> =
         rules["rules"].as_array().expect("a list").iter().map(|rule| json!([rule["name"], rule["fault"]])).collect();
     let quotas = space["quota"].as_array().expect("a list").iter().map(|quota| quota["requested"].clone());
+    // The same for what is left of the time is not the same words.
+    let asked = |part: &str| {
+        let mut asked = space[part]["requested"].clone();
+        if asked["for"].is_string() {
+            asked["for"] = json!("a time");
+        }
+        asked
+    };
     json!({"mode": [mode["mode"], mode["up"], mode["down"], mode["remaining"].is_null()], "rules": rules,
-        "virtual": space["virtual"]["requested"], "quota": quotas.collect::<Vec<_>>(),
-        "ballast": space["ballast"]["target_free"]})
+        "virtual": asked("virtual"), "quota": quotas.collect::<Vec<_>>(), "ballast": asked("ballast"),
+        "free": space["ballast"]["target_free"]})
 }
 
 #[test]
@@ -39,10 +47,10 @@ fn all_that_a_reset_takes_away_is_brought_back_by_what_it_says() {
     mounted.cli(&["space", "virtual", "--size", "32MiB"]);
     mounted.cli(&["space", "quota", "--limit", "1MiB", "--uid", "1000"]);
     mounted.cli(&["space", "quota", "--limit", "2MiB", "--path", "/a b/**"]);
-    mounted.cli(&["space", "ballast", "--until-free", "30MiB", "--force"]);
+    mounted.cli(&["space", "ballast", "--until-free", "30MiB", "--for", "1h"]);
     let before = state(&mounted);
     assert_eq!(before["mode"], json!(["error_reads", "1s", "2s", false]));
-    assert!(before["ballast"].is_u64(), "{before}");
+    assert_eq!(before["ballast"], json!({"until_free": "30MiB", "for": "a time"}));
     for words in [&["reset"][..], &["space", "clear"]] {
         let said = mounted.cli(words);
         assert!(!said.contains("rule add mode") && !said.contains("rule add space"), "{said}");
@@ -90,6 +98,50 @@ fn a_mode_is_undone_by_the_one_before_with_its_cycle_and_what_is_left_of_its_tim
     }
     let (first, again) = (mounted.cli(&["mode", "error_reads"]), mounted.cli(&["mode", "error_reads"]));
     assert!(first.contains("undo: ") && !again.contains("undo: "), "{again}");
+    mounted.end();
+}
+
+#[test]
+fn ballast_is_undone_by_the_ballast_before_and_forced_only_where_that_was() {
+    // Nobody else writes there.
+    let mounted = Mounted::on_own_disk(64 << 20, &["mkfs.ext4", "-q"]);
+    let before = state(&mounted);
+    let said = mounted.cli(&["space", "ballast", "--until-free", "30MiB"]);
+    assert_eq!((undo(&mounted, &said), state(&mounted)), (1, before), "{said}");
+    for old in [
+        &["--until-free", "30MiB"][..],
+        &["--used", "60%", "--for", "1h"],
+        &["--until-free", "20MiB", "--force", "--deadline", "50s"],
+    ] {
+        let fill = |words: &[&str]| mounted.cli(&[&["space", "ballast"], words].concat());
+        fill(old);
+        let before = state(&mounted);
+        for new in [&["space", "ballast", "--until-free", "40MiB"][..], &["space", "clear", "ballast"], &["reset"]] {
+            let said = mounted.cli(new);
+            assert_eq!(said.contains(" --force"), old.contains(&"--force"), "{said}");
+            assert_eq!((undo(&mounted, &said), state(&mounted)), (1, before.clone()), "{said}");
+        }
+    }
+    mounted.reset();
+    mounted.end();
+}
+
+#[test]
+fn a_capacity_is_brought_back_for_what_is_left_of_its_time() {
+    let mounted = Mounted::new();
+    mounted.cli(&["space", "virtual", "--free", "1GiB", "--for", "1h"]);
+    let before = state(&mounted);
+    let left = || mounted.http("GET", "/v1/space", None).body["virtual"]["remaining"].clone();
+    eventually("some of it is over", || left() != "1h");
+    for words in [&["reset"][..], &["space", "clear"], &["space", "virtual", "--size", "2GiB"]] {
+        let said = mounted.cli(words);
+        assert!(said.contains(" --for '59m "), "{said}");
+        assert_eq!((undo(&mounted, &said), state(&mounted)), (1, before.clone()), "{said}");
+    }
+    let made = mounted.cli(&["rule", "show", "space"]);
+    assert!(made.contains("made by: "), "{made}");
+    mounted.cli(&["space", "virtual", "--free", "1GiB"]);
+    assert!(left().is_null());
     mounted.end();
 }
 
