@@ -18,27 +18,58 @@ pub fn explained(error: &Error, arguments: &[String], program: Command) -> Optio
     if is_help {
         return None;
     }
-    let command = meant(arguments, program);
+    let unknown = word(error, ContextKind::InvalidSubcommand);
+    let command = meant(arguments, unknown, program);
+    if let Some(later) = unknown.filter(|unknown| is_later(&command, unknown)) {
+        return Some(not_yet(&command, later));
+    }
     let text = error.render().to_string();
     let what: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
     let what = what.join(" ");
     let what = what.strip_prefix("error: ").unwrap_or(&what);
-    // Values say themselves how they are written, after a semicolon.
-    let (what, written) = match what.rsplit_once("; ") {
-        Some((what, written)) if error.kind() == ErrorKind::ValueValidation => (what, Some(written.to_owned())),
-        _ => (what, None),
-    };
-    let what = what.split(" [possible values: ").next().unwrap_or(what);
+    let (what, written) = invalid_value(error).unwrap_or_else(|| (what.to_owned(), None));
+    let what = what.split(" [possible values: ").next().unwrap_or(&what);
     let hint = written.or_else(|| near(error, &command)).or_else(|| possible(error));
     Some(ClientError::usage(what).hint(hint.unwrap_or_else(|| usage(error, &command))))
 }
 
+/// Words that are declared, each with the command below which it will be. None of them is a word that is written wrong.
+const LATER: &[(&str, &str)] = &[
+    ("nemesisfs", "run clean power request connection gate scenario recorder top shell doctor capabilities man"),
+    ("inspect", "handles inode map mounts threads instruments dump"),
+];
+
+fn is_later(command: &Command, word: &str) -> bool {
+    let below = LATER.iter().filter(|(above, _)| *above == command.get_name());
+    below.flat_map(|(_, words)| words.split(' ')).any(|later| later == word)
+}
+
+fn not_yet(command: &Command, word: &str) -> ClientError {
+    let name = command.get_bin_name().unwrap_or("nemesisfs");
+    let mut error = ClientError::usage(format!("`{name} {word}` is not built yet"));
+    error.problem["code"] = "not_yet".into();
+    error.hint(format!("`{name} --help` shows what is"))
+}
+
+/// What is wrong with a value, and how it is written, which values say themselves after a semicolon. One of the user's own
+/// may have semicolons and lines, too.
+fn invalid_value(error: &Error) -> Option<(String, Option<String>)> {
+    let reason = std::error::Error::source(error).filter(|_| error.kind() == ErrorKind::ValueValidation)?.to_string();
+    let (reason, written) = match reason.rsplit_once("; ") {
+        Some((reason, written)) => (reason, Some(written.to_owned())),
+        None => (&*reason, None),
+    };
+    let (value, argument) = (word(error, ContextKind::InvalidValue)?, word(error, ContextKind::InvalidArg)?);
+    let value = value.replace(char::is_control, " ");
+    Some((format!("invalid value '{value}' for '{argument}': {reason}"), written))
+}
+
 /// The command that the words lead to, as far as they are commands.
-fn meant(arguments: &[String], mut program: Command) -> Command {
+fn meant(arguments: &[String], unknown: Option<&str>, mut program: Command) -> Command {
     // This hands down what all of them take.
     program.build();
     let mut command = &program;
-    for word in arguments.iter().skip(1) {
+    for word in arguments.iter().skip(1).take_while(|word| Some(word.as_str()) != unknown) {
         match command.find_subcommand(word) {
             Some(next) => command = next,
             // What stands before the first command may be the value of a flag.
@@ -108,6 +139,10 @@ mod tests {
             ("space virtual --free 0 --used 1%", "cannot be used with", "`nemesisfs space virtual --help`"),
             ("rule add a --kind error --errno", "a value is required", "`nemesisfs rule add --help`"),
             ("nonsense", "unrecognized subcommand 'nonsense'", "`nemesisfs --help`"),
+            ("nonsense mode", "unrecognized subcommand 'nonsense'", "`nemesisfs --help`"),
+            ("events --limit 'a; b'", "'a; b' for '--limit <N>': invalid digit", "`nemesisfs events --help`"),
+            ("mode x --for '1\n\n2'", "for '--for <DURATION>': ", "write it as 10ms, 3s or 5m"),
+            ("mode x --for '1; 2'", "invalid value '1; 2' for '--for <DURATION>': ", "write it as 10ms, 3s or 5m"),
         ] {
             let lines = told(words).lines();
             let [first, second] = &lines[..] else { panic!("{words}: {lines:?}") };
@@ -115,5 +150,19 @@ mod tests {
             assert!(second.starts_with("hint: ") && second.contains(hint), "{words}: {lines:?}");
             assert!(!lines.concat().contains('\n') && !lines.concat().contains("tip"), "{words}: {lines:?}");
         }
+    }
+
+    #[test]
+    fn what_is_declared_and_not_built_is_told_to_be_so_and_not_to_be_another_word_written_wrong() {
+        let later = LATER.iter().flat_map(|(above, words)| words.split(' ').map(move |word| (*above, word)));
+        for (above, word) in later {
+            let command = if above == "inspect" { format!("inspect {word}") } else { word.to_owned() };
+            for words in [command.clone(), format!("{command} mode -- x")] {
+                let error = told(&words);
+                assert_eq!((error.exit, error.code()), (crate::exit::USAGE, "not_yet"), "{words}");
+                assert_eq!(error.detail(), format!("`nemesisfs {command}` is not built yet"));
+            }
+        }
+        assert_eq!(told("rule run").code(), "usage");
     }
 }
