@@ -103,7 +103,8 @@ fn prepare(run_dir: &Path, args: &MountArgs) -> Result<Options, ClientError> {
         readers: args.readers,
         seed: args.seed,
         passthrough: args.passthrough.clone(),
-        mount_options: args.options.clone(),
+        // As of "$OPTS" without a word in it.
+        mount_options: args.options.iter().filter(|word| !word.is_empty()).cloned().collect(),
     };
     keep_apart(&options).map(|()| options)
 }

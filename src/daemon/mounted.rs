@@ -163,13 +163,27 @@ const OPTIONS: &[(&str, &str, MsFlags, FsFlags)] = &[
     ("atime", "noatime", MsFlags::MS_NOATIME, FsFlags::ST_NOATIME),
 ];
 
-/// What holds without being said: there is nothing to do.
-const HOLDS: &[&str] = &["allow_other", "default_permissions", "nonempty", "defaults"];
+/// What holds without being said, and what mount(8) tells others, or itself: there is nothing to do.
+const HOLDS: &[&str] = &[
+    "allow_other",
+    "default_permissions",
+    "nonempty",
+    "defaults",
+    "relatime",
+    "async",
+    "auto",
+    "noauto",
+    "nofail",
+    "nouser",
+    "_netdev",
+];
 
 /// Options of other FUSE filesystems, and why there is no such thing here.
 const NOT_HERE: &[(&str, &str)] = &[
     ("allow_other", "without root only the user who mounts sees the mount; as root all users do"),
-    ("allow_root", "all users see the mount, as with allow_other, which is always so"),
+    ("allow_root", "as root all users see the mount, as with allow_other; without root only the user who mounts does"),
+    ("user", "who may mount is not asked here; what it implies elsewhere is nosuid,nodev,noexec"),
+    ("users", "who may mount is not asked here; what it implies elsewhere is nosuid,nodev,noexec"),
     ("auto_unmount", "a dead mount shows that its daemon died; `nemesisfs umount`, or the next mount, cleans it up"),
     ("fsname", "the source is nemesisfs:NAME, by which mounts are found again; --instance NAME chooses it"),
     ("subtype", "the type is fuse.nemesisfs, by which mounts are found again"),
@@ -185,7 +199,10 @@ fn check_options(given: &[String]) -> Result<(), Failure> {
     let words = || OPTIONS.iter().flat_map(|(on, off, ..)| [*on, *off]);
     let is_root = nix::unistd::geteuid().is_root();
     let holds = HOLDS.iter().copied().filter(|word| is_root || *word != "allow_other");
-    let known = |given: &&String| words().chain(holds.clone()).any(|word| word == given.as_str());
+    let known = |given: &&String| {
+        // Of fstab, for systemd and other readers.
+        given.starts_with("x-") || words().chain(holds.clone()).any(|word| word == given.as_str())
+    };
     let Some(option) = given.iter().find(|given| !known(given)) else { return Ok(()) };
     let name = option.split('=').next().unwrap_or_default();
     let (what, hint) = match NOT_HERE.iter().find(|(word, _)| *word == name) {

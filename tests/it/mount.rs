@@ -841,6 +841,7 @@ fn what_other_fuse_filesystems_are_told_by_o_is_taken_where_it_holds_and_else_re
     for (option, hint) in [
         ("allow_root", "all users"),
         ("auto_unmount", "nemesisfs umount"),
+        ("user", "nosuid,nodev,noexec"),
         ("fsname=data", "--instance"),
         ("modules=subdir", "the first of the two"),
         ("sude", "one of: rw ro"),
@@ -849,6 +850,11 @@ fn what_other_fuse_filesystems_are_told_by_o_is_taken_where_it_holds_and_else_re
         let told = said.err.contains(&format!("mount option \"{option}\"")) && said.err.contains(hint);
         assert!(said.code == 2 && told, "{said:?}");
         assert!(!is_mounted(Path::new(&path("mnt"))), "{said:?}");
+    }
+    for harmless in ["", "rw,,nofail,", "relatime,async,_netdev,noauto,nouser,x-systemd.automount"] {
+        let said = mount(harmless);
+        assert_eq!(said.code, 0, "{harmless}: {said:?}");
+        assert_eq!(program(&run, &["umount", &path("mnt")]).code, 0, "{harmless}");
     }
     let said = mount("allow_other,default_permissions,nonempty,defaults,noatime");
     assert_eq!(said.code, 0, "{said:?}");
