@@ -40,7 +40,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{exit, instances};
+use crate::exit;
+use crate::instances;
 
 use args::Globals;
 use console::Console;
