@@ -368,7 +368,7 @@ impl Control {
     fn remove_ballast(&self) -> impl Future<Output = (bool, Vec<String>)> + use<> {
         let core = self.core.clone();
         core.ballast.cancel();
-        self.forget_life(Part::Ballast);
+        self.space.lock().of(Part::Ballast).begin(None);
         // One that is refused because others hang is done by them.
         let removing = self.looks.remove.ask(move || {
             core.ballast.remove(core.tree.backing()).unwrap_or_else(|error| {
@@ -469,7 +469,6 @@ impl Control {
     async fn set_ballast(self: &Arc<Self>, wanted: &WantedBallast, filling: Filling) -> Result<(), super::Problem> {
         let asked = serde_json::to_value(wanted).unwrap_or_default();
         let ticket = self.core.ballast.ticket();
-        self.forget_life(Part::Ballast);
         if !filling.force {
             let (core, identity) = (self.core.clone(), self.identity.clone());
             let asking = self.looks.statfs.ask(move || {
@@ -484,7 +483,12 @@ impl Control {
                     .hint("a filesystem of its own for the data, or force (--force) to fill this one"));
             }
         }
-        self.space.lock().ballast = Some(asked.clone());
+        {
+            let mut requested = self.space.lock();
+            requested.ballast = Some(asked.clone());
+            // The life of the one before is not that of this one.
+            requested.of(Part::Ballast).begin(None);
+        }
         // A client that goes away does not want it any more.
         let mut abandoned = Abandoned(Some(self.core.clone()));
         let core = self.core.clone();
@@ -529,11 +533,6 @@ impl Control {
                 control.ring().change("space", json!({"action": "expired", "what": part.word()}));
             }
         });
-    }
-
-    /// What was set before does not end this part any more.
-    fn forget_life(&self, part: Part) {
-        self.space.lock().of(part).set += 1;
     }
 
     /// The life of what was set is over, if it is still that.
