@@ -1,7 +1,8 @@
 //! The decision: what the rules in force make of one request.
 //!
-//! Pure and lock-free: the only writes are to the counters of the rules. Called by a reader before it does anything;
-//! must never allocate when nothing fires.
+//! Pure: the only writes are to the counters of the rules. Called by a reader before it does anything. Takes a lock for a look
+//! at a table where a rule counts by file or process, or has bad sectors that heal, and none else. Where no rule could concern
+//! an operation nothing is allocated; else the facts may be, the names of an operation on names, say.
 
 use std::hash::Hasher;
 use std::ops::Range;

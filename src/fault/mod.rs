@@ -1,9 +1,9 @@
 //! Rules in, decision out.
 //!
-//! Pure: no I/O, no clock of its own, no locks. Called by the readers on every request that an armed rule could
-//! concern, by the control thread to check and compile what clients send. A rule is sent as a [`RuleSpec`],
-//! compiled to a [`Rule`] by [`compile()`], gathered into an immutable [`Plan`], and asked by [`decide()`] with the
-//! [`Facts`] of one request.
+//! Pure: no I/O, no clock of its own, no lock held for more than a look at a table. Called by the readers on every
+//! request that an armed rule could concern, by the control thread to check and compile what clients send. A rule is
+//! sent as a [`RuleSpec`], compiled to a [`Rule`] by [`compile()`], gathered into an immutable [`Plan`], and asked by
+//! [`decide()`] with the [`Facts`] of one request.
 
 pub mod compile;
 pub mod corrupt;

@@ -1,7 +1,7 @@
 //! The compiled set of rules: immutable but for its counters, swapped whole when rules change.
 //!
 //! Read by every reader thread on the hot path. Counters are atomics shared between the old plan and the new one, so
-//! that a change of one rule loses no count of another. No locks.
+//! that a change of one rule loses no count of another. Locks: of what is counted by file or process, for a look at a table.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
