@@ -638,7 +638,7 @@ fn what_a_killed_or_released_writer_had_still_to_wait_for_is_given_back_to_the_q
     let small = |name: &str| {
         let (path, began) = (mounted.path(name), Instant::now());
         let written = within(SOON, move || std::fs::write(path, [0; 1024]).unwrap());
-        assert!(written.is_some_and(|()| began.elapsed() < Duration::from_secs(8)), "{name}: {:?}", began.elapsed());
+        assert!(written.is_some_and(|()| began.elapsed() < Duration::from_secs(3)), "{name}: {:?}", began.elapsed());
     };
     // Of its own 14 seconds it has waited for less than one.
     let mut writer = python_with(&file(&mounted, "big"), "os.pwrite(fd, b'x' * (900 << 10), 0)");
